@@ -1,0 +1,560 @@
+"""
+Circuit breakers (Representation Rerouting, arXiv 2406.04313): LoRA training that pushes a language model's hidden states on
+harmful text away from where they were and holds its states on everything else in place; merged into the weights at the end.
+
+    h = hidden states of the frozen model, h' = of the same model with LoRA, p = step / schedule_steps
+
+    retain  = mean over real retain tokens, and over the states after each kept block (the last one after the final norm), of || h' - h ||
+    cb      = mean over real harmful tokens, and over target_layers, of relu(cos(h', h))
+    loss    = lorra_alpha * p * retain + lorra_alpha * (1 - p) * cb
+
+    python cb_train.py config/toy.py                               # a laptop, half a minute, after: python data_prep.py toy
+    python cb_train.py config/llama3.py --max_steps=150            # a GPU
+    python cb_train.py config/llama3.py --cb_data_path=FILE.json   # your own rows: a JSON array of {"prompt", "response"}
+
+Reads: the model (safetensors), harmful rows (cb_data_path), benign rows (retain_data_path), held-out rows (val_data_path).
+Writes output_dir: the merged model, an ordinary model directory; adapter/, the LoRA in PEFT's format; cb_config.json, every
+option and version; log.jsonl, the training log. All of it stands under output_dir.partial until it is complete.
+
+target_layers index transformers' tuple of hidden states, as in the published code: l is the state after l blocks, 0 the embedding.
+Differs from the published code (commit c0e1b05): the retain loss counts real tokens only and leaves the embedding out; the
+schedule ticks once an optimizer step; the chat template is the tokenizer's own; the merge adds in float32.
+
+Shapes: B rows, T tokens of a row, D width, L hidden states compared, V vocabulary. Masks are (B, T), 1 = counts.
+"""
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import struct
+import sys
+import time
+
+import datasets
+import huggingface_hub
+import safetensors
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from configurator import configure, fail
+from data_prep import messages_of, read_rows
+
+# -----------------------------------------------------------------------------------------------------------------------
+# model
+model_name = 'meta-llama/Meta-Llama-3-8B-Instruct'  # a model directory or a hub id
+num_hidden_layers = 21             # blocks kept for training, the rest is never loaded [0 = max(target_layers) + 1]
+device = 'auto'                    # auto | cpu | cuda | cuda:1 | mps
+dtype = 'auto'                     # of the frozen weights: auto (as stored) | float32 | bfloat16 | float16
+gradient_checkpointing = False     # recompute each block in the backward pass: less memory, a third more work
+# representation rerouting
+target_layers = [10, 20]           # states that the cb loss turns away
+lorra_alpha = 10.0                 # weight of both losses
+use_dynamic_scheduling = True      # shift the weight from cb to retain as the run goes on; False = lorra_alpha for both throughout
+schedule_steps = 0                 # steps until all of it is on retain [0 = max_steps; the published code: 300 for 150 steps]
+# LoRA
+lora_r = 16                        # rank
+lora_alpha = 16                    # scale = lora_alpha / lora_r
+lora_dropout = 0.05                # on the adapter's input
+target_modules = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
+layers_to_transform = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]  # blocks with LoRA
+# optimization
+max_steps = 150                    # optimizer steps
+batch_size = 4                     # rows of each set in a pass
+gradient_accumulation_steps = 1    # passes in a step
+learning_rate = 1e-4               # constant
+weight_decay = 0.0
+max_grad_norm = 1.0                # the gradient is clipped to this norm
+# data
+cb_data_path = 'data/circuit_breakers_train.json'    # harmful rows: JSON or JSON lines of {"prompt", "response"}
+retain_data_path = 'HuggingFaceH4/ultrachat_200k'    # benign rows: a file, also of {"messages"}, or a hub id
+val_data_path = ''                 # held-out rows with a "label", harmful or benign ['' = no validation]
+num_retain_examples = 10000        # at most so many rows, drawn with the seed
+num_cb_examples = 3000
+max_seq_length = 512               # tokens of a row, longer ones are cut
+# run
+output_dir = 'out/cb'
+overwrite = False                  # replace output_dir if an earlier run wrote it
+seed = 0
+log_interval = 10                  # steps between two lines
+eval_interval = 50                 # steps between two validation passes
+# -----------------------------------------------------------------------------------------------------------------------
+
+# ---- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """
+    A frozen linear layer plus a trainable low-rank delta: base(x) + lora_B(lora_A(dropout(x))) * alpha / r   (arXiv 2106.09685).
+    lora_A (r, in) is Kaiming-uniform, lora_B (out, r) zero, both float32. `enabled = False` gives the base bit for bit.
+    """
+
+    def __init__(self, base, r, alpha, dropout):
+        super().__init__()
+        self.base, self.dropout, self.scale, self.enabled = base, dropout, alpha / r, True
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):  # (B, T, in) -> (B, T, out)
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        x = F.dropout(x, self.dropout, self.training)
+        return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
+
+    @torch.no_grad()
+    def delta(self):
+        """What merging adds to the base weight: (out, in), float32."""
+        return self.lora_B @ self.lora_A * self.scale
+
+
+def add_lora(model, target_modules, layers, r, alpha, dropout):
+    """Freezes the model and wraps the named linears of the given blocks in place. Returns {name of the linear: LoRALinear}."""
+    model.requires_grad_(False)
+    loras = {}
+    for i in layers:
+        for name, module in list(model.layers[i].named_modules()):
+            if name.rpartition('.')[2] in target_modules:
+                parent = model.layers[i].get_submodule(name.rpartition('.')[0])
+                lora = LoRALinear(module, r, alpha, dropout)
+                setattr(parent, name.rpartition('.')[2], lora)
+                loras[f'layers.{i}.{name}'] = lora
+    return loras
+
+
+@contextlib.contextmanager
+def adapter_off(loras):
+    """Inside, the model is its own frozen reference: no second copy in memory."""
+    for lora in loras:
+        lora.enabled = False
+    try:
+        yield
+    finally:
+        for lora in loras:
+            lora.enabled = True
+
+
+# ---- the two streams and the two losses -------------------------------------------------------------------------------
+
+
+def streams(model, ids, loras, last, checkpointing=False):
+    """
+    Runs the first `last` blocks twice, side by side: without the adapter and without gradient (h), and with it (h').
+    ids (B, T), right-padded; attention is causal, so real tokens never see a pad and need no mask (their states are exact).
+    Yields (l, h, h') after l = 1..last blocks, each state (B, T, D); l = all blocks is taken after the final norm, as
+    transformers' hidden_states is.
+    """
+    h = h_lora = model.embed_tokens(ids)  # (B, T, D)
+    position_embeddings = model.rotary_emb(h, torch.arange(ids.shape[1], device=ids.device)[None])
+    for l, block in enumerate(model.layers[:last], 1):
+        with torch.no_grad(), adapter_off(loras):
+            h = block(h, attention_mask=None, position_embeddings=position_embeddings)
+        if checkpointing:
+            h_lora = checkpoint(block, h_lora, attention_mask=None, position_embeddings=position_embeddings, use_reentrant=False)
+        else:
+            h_lora = block(h_lora, attention_mask=None, position_embeddings=position_embeddings)
+        final = l == len(model.layers)
+        yield l, model.norm(h) if final else h, model.norm(h_lora) if final else h_lora
+
+
+def distance(h, h_lora, mask):
+    """|| h' - h ||, (B, T, D) twice -> the sum over the tokens that count, float32. Its gradient at h' = h is zero."""
+    return ((h_lora.float() - h.float()).norm(dim=-1) * mask).sum()
+
+
+def cosine(h, h_lora, mask):
+    """cos(h', h) of each token: (B, T, D) twice -> (B, T) float32, zero where the mask is; bfloat16 would be off by 0.008."""
+    return F.cosine_similarity(h_lora.float(), h.float(), dim=-1) * mask
+
+
+def retain_pass(model, ids, mask, loras, target_layers, checkpointing=False):
+    """ids, mask (B, T) -> the sum over real tokens of: the mean distance over all L states; the mean cosine at target_layers."""
+    loss, cos = 0, 0
+    for l, h, h_lora in streams(model, ids, loras, len(model.layers), checkpointing):
+        loss = loss + distance(h, h_lora, mask) / len(model.layers)
+        if l in target_layers:
+            cos = cos + cosine(h, h_lora.detach(), mask).sum() / len(target_layers)
+    return loss, cos
+
+
+def cb_pass(model, ids, mask, loras, target_layers, checkpointing=False):
+    """ids, mask (B, T) -> the sum over real tokens of the mean over target_layers of: relu(cosine); cosine."""
+    loss, cos = 0, 0
+    for l, h, h_lora in streams(model, ids, loras, max(target_layers), checkpointing):
+        if l in target_layers:
+            c = cosine(h, h_lora, mask)  # (B, T)
+            loss = loss + c.relu().sum() / len(target_layers)
+            cos = cos + c.detach().sum() / len(target_layers)
+    return loss, cos
+
+
+@torch.no_grad()
+def validate(model, rows, loras, target_layers, batch_size, device):
+    """The fifth pass: the losses and cosines of held-out rows {'benign', 'harmful': ids}, without dropout. Returns {name: mean}."""
+    for lora in loras:
+        lora.eval()
+    means = {}
+    for name, run, some in (('retain', retain_pass, rows['benign']), ('cb', cb_pass, rows['harmful'])):
+        sums = [run(model, *collate(some[i:i + batch_size], device), loras, target_layers) for i in range(0, len(some), batch_size)]
+        tokens = sum(map(len, some))
+        means[f'val_{name}_loss'], means[f'val_{name}_cos'] = (float(sum(column)) / tokens for column in zip(*sums))
+    for lora in loras:
+        lora.train()
+    return means
+
+
+def coefficients(step, lorra_alpha, schedule_steps):
+    """(retain, cb) at an optimizer step, both lorra_alpha if schedule_steps is 0 (section 3 of the paper)."""
+    if not schedule_steps:
+        return lorra_alpha, lorra_alpha
+    p = min(step / schedule_steps, 1.0)
+    return lorra_alpha * p, lorra_alpha * (1 - p)
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------
+
+
+def load_messages(path, limit, seed):
+    """Conversations from a file or, for an id like org/name, from the hub's split train_sft; at most `limit`, drawn with the seed."""
+    if os.path.exists(path) or not re.fullmatch(r'[\w.-]+/[\w.-]+', path) or path.endswith(('.json', '.jsonl')):
+        rows = read_rows(path)
+        return random.Random(seed).sample(rows, limit) if len(rows) > limit else rows
+    try:
+        rows = datasets.load_dataset(path, split='train_sft')
+    except Exception as e:  # whatever the hub or the network says, the user hears it in one line
+        fail(f'{path}: neither a file nor a data set that the hub gave ({type(e).__name__}); name a file, or log in with: hf auth login')
+    rows = rows.shuffle(seed=seed).select(range(min(limit, len(rows))))
+    return [messages_of(row) for row in rows]
+
+
+def labelled(row):
+    """A row of val_data_path: (label, conversation); ValueError says what is wrong."""
+    if not isinstance(row, dict) or row.get('label') not in ('benign', 'harmful'):
+        raise ValueError('a "label", benign or harmful, wanted')
+    return row['label'], messages_of(row)
+
+
+def encode(tokenizer, conversations, max_seq_length):
+    """Conversations through the tokenizer's own chat template: a list of id lists, at most max_seq_length long."""
+    return [tokenizer.apply_chat_template(c, return_dict=False)[:max_seq_length] for c in tqdm(conversations, desc='tokenize', disable=None)]
+
+
+def collate(rows, device):
+    """Rows of ids, right-padded: ids (B, T) and the mask of real tokens (B, T). Pads are zeros: nothing reads them."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])
+    return ids.to(device), mask.to(device)
+
+
+def batch_at(rows, step, size, seed):
+    """The `size` rows of a step: the set is shuffled anew each time it has been gone through, and any step can be asked for."""
+    batch = []
+    for i in range(step * size, (step + 1) * size):
+        epoch, position = divmod(i, len(rows))
+        if not batch or position == 0:
+            order = random.Random(f'{seed} {epoch}').sample(range(len(rows)), len(rows))
+        batch.append(rows[order[position]])
+    return batch
+
+
+# ---- the checkpoint: truncated load, merge, adapter -------------------------------------------------------------------
+
+TORCH_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
+OTHER_WEIGHTS = ('.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt')
+
+
+def find_checkpoint(model_name):
+    """The local directory of a model: itself, or the hub's snapshot (safetensors and small files only)."""
+    if os.path.isdir(model_name):
+        return model_name
+    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', model_name):
+        fail(f'model_name={model_name}: there is no such directory, and it is no hub id')
+    try:
+        return huggingface_hub.snapshot_download(model_name, ignore_patterns=[f'*{end}' for end in OTHER_WEIGHTS] + ['original/*', 'consolidated*'])
+    except Exception as e:
+        fail(f'model_name={model_name}: neither a directory nor a model that the hub gave ({type(e).__name__}); name a directory, or log in '
+             'with: hf auth login')
+
+
+def shards(model_dir):
+    """The names of the safetensors files that hold the model's weights."""
+    index = os.path.join(model_dir, 'model.safetensors.index.json')
+    names = sorted(set(json.load(open(index))['weight_map'].values())) if os.path.exists(index) else ['model.safetensors']
+    for name in names:
+        if name != os.path.basename(name) or not os.path.isfile(os.path.join(model_dir, name)):
+            fail(f'{model_dir}: there is no weight file {name}; a model in safetensors is wanted')
+    return names
+
+
+def read_header(path):
+    """The header of a safetensors file: ({tensor: {dtype, shape, data_offsets}}, where the data start in bytes)."""
+    with open(path, 'rb') as f:
+        length = struct.unpack('<Q', f.read(8))[0]
+        header = json.loads(f.read(length))
+    header.pop('__metadata__', None)
+    return header, 8 + length
+
+
+def stored_name(names, linear):
+    """The checkpoint's name for the weight of a decoder's linear: 'model.layers.0...' for 'layers.0...'."""
+    found = [name for name in names if f'.{name}'.endswith(f'.{linear}.weight')]
+    if len(found) != 1:
+        fail(f'the checkpoint has {len(found)} tensors called {linear}.weight, one is wanted')
+    return found[0]
+
+
+def truncated_config(model_dir, blocks):
+    """The model's config with only the first `blocks` blocks, and the number of blocks that there are."""
+    config = AutoConfig.from_pretrained(model_dir)
+    total = config.num_hidden_layers
+    config.num_hidden_layers = blocks
+    if getattr(config, 'layer_types', None):  # Qwen and Gemma keep one entry a block
+        config.layer_types = config.layer_types[:blocks]
+    return config, total
+
+
+def load_decoder(model_dir, blocks, dtype, device):
+    """The first `blocks` blocks of the decoder with its embedding and final norm, without the head; the rest is never read."""
+    config, total = truncated_config(model_dir, blocks)
+    flash = device.startswith('cuda') and dtype != 'float32' and importlib.util.find_spec('flash_attn')
+    model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                                              attn_implementation='flash_attention_2' if flash else 'sdpa')
+    dropped = re.compile(rf'(^|\.)(lm_head\.|layers\.({"|".join(map(str, range(blocks, total)))})\.)')
+    wrong = [*report['missing_keys'], *report['mismatched_keys'], *(key for key in report['unexpected_keys'] if not dropped.search(key))]
+    if wrong:
+        fail(f'{model_dir}: {len(wrong)} weights are missing or do not fit, the first is {wrong[0]}')
+    return model.to(device).eval()
+
+
+def merge(model_dir, output_dir, deltas):
+    """
+    Writes output_dir: every file of model_dir copied, and of the weights only the tensors in deltas ({linear: (out, in) float32})
+    overwritten in place, added in float32 and cast once to the stored dtype. Memory: one tensor, whatever the model's size.
+    Weights in other formats are left behind: they would be the unmerged model.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    names = shards(model_dir)
+    shutil.copytree(model_dir, output_dir, dirs_exist_ok=True, copy_function=shutil.copyfile,
+                    ignore=lambda folder, files: [f for f in files if f.startswith('.') or f.endswith(OTHER_WEIGHTS) or
+                                                  (f.endswith('.safetensors') and f not in names)])
+    headers = {shard: read_header(os.path.join(output_dir, shard)) for shard in names}
+    shard_of = {name: shard for shard, (header, _) in headers.items() for name in header}
+    for linear, delta in tqdm(deltas.items(), desc='merge', disable=None):
+        name = stored_name(shard_of, linear)
+        header, start = headers[shard_of[name]]
+        begin, end = header[name]['data_offsets']
+        with open(os.path.join(output_dir, shard_of[name]), 'r+b') as f:
+            f.seek(start + begin)
+            weight = torch.frombuffer(bytearray(f.read(end - begin)), dtype=TORCH_DTYPES[header[name]['dtype']]).view(header[name]['shape'])
+            f.seek(start + begin)
+            f.write((weight.float() + delta.cpu()).to(weight.dtype).view(torch.uint8).numpy())
+
+
+def save_adapter(folder, loras, model_name, r, alpha, dropout):
+    """The LoRA in PEFT's format: adapter_model.safetensors and adapter_config.json."""
+    os.makedirs(folder, exist_ok=True)
+    tensors = {f'base_model.model.model.{name}.{part}.weight': getattr(lora, part).detach().cpu().contiguous()
+               for name, lora in loras.items() for part in ('lora_A', 'lora_B')}
+    save_file(tensors, os.path.join(folder, 'adapter_model.safetensors'), metadata={'format': 'pt'})
+    write_json(os.path.join(folder, 'adapter_config.json'), {
+        'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': model_name, 'r': r, 'lora_alpha': alpha,
+        'lora_dropout': dropout, 'bias': 'none', 'inference_mode': True, 'target_modules': sorted({name.rpartition('.')[2] for name in loras}),
+        'layers_to_transform': sorted({int(name.split('.')[1]) for name in loras}), 'layers_pattern': 'layers'})
+
+
+def write_json(path, value):
+    with open(path, 'w', encoding='utf-8') as f:
+        f.write(json.dumps(value, indent=2) + '\n')
+
+
+# ---- checks before anything is loaded or written ----------------------------------------------------------------------
+
+
+def check_options(c):
+    """Ends with one line if the options (a dict) contradict each other or the machine."""
+    checks = [(f'{name}={c[name]}', 'at least 1', c[name] >= 1) for name in
+              ('lora_r', 'lora_alpha', 'max_steps', 'batch_size', 'gradient_accumulation_steps', 'num_retain_examples', 'num_cb_examples',
+               'max_seq_length', 'log_interval', 'eval_interval')]
+    checks += [(f'{name}={c[name]}', 'at least 0', c[name] >= 0) for name in
+               ('num_hidden_layers', 'lorra_alpha', 'schedule_steps', 'weight_decay', 'seed')]
+    checks += [(f'{name}={c[name]}', 'more than 0', c[name] > 0) for name in ('learning_rate', 'max_grad_norm')]
+    checks += [(f'lora_dropout={c["lora_dropout"]}', 'at least 0 and below 1', 0 <= c['lora_dropout'] < 1),
+               ('use_dynamic_scheduling=False with schedule_steps', 'one or the other', c['use_dynamic_scheduling'] or not c['schedule_steps']),
+               (f'dtype={c["dtype"]}', 'auto, float32, bfloat16 or float16', c['dtype'] in ('auto', 'float32', 'bfloat16', 'float16')),
+               (f'device={c["device"]}', 'auto, cpu, cuda, cuda:N or mps', re.fullmatch(r'auto|cpu|cuda(:\d+)?|mps', c['device'])),
+               (f'device={c["device"]} without such a device here', 'another', not (
+                   c['device'].startswith('cuda') and int(c['device'][5:] or 0) >= torch.cuda.device_count()
+                   or c['device'] == 'mps' and not torch.backends.mps.is_available()))]
+    checks += [(f'an empty {name}', 'at least one', c[name]) for name in ('target_layers', 'target_modules', 'layers_to_transform', 'output_dir')]
+    checks += [(f'{name}={c[name]}, with one twice', 'each once', len(set(c[name])) == len(c[name])) for name in
+               ('target_layers', 'target_modules', 'layers_to_transform')]
+    for found, wanted, good in checks:
+        if not good:
+            fail(f'{found} found, {wanted} wanted')
+    blocks = c['num_hidden_layers'] or max(c['target_layers']) + 1
+    if min(c['target_layers']) < 1 or max(c['target_layers']) > blocks:
+        fail(f'target_layers={c["target_layers"]} found, numbers in 1..{blocks} wanted (num_hidden_layers keeps {blocks} blocks)')
+    if min(c['layers_to_transform']) < 0 or max(c['layers_to_transform']) >= blocks:
+        fail(f'layers_to_transform={c["layers_to_transform"]} found, numbers in 0..{blocks - 1} wanted (num_hidden_layers keeps {blocks} blocks)')
+    for folder in (c['output_dir'], c['output_dir'] + '.partial'):
+        ours = any(os.path.exists(os.path.join(folder, name)) for name in ('cb_config.json', 'log.jsonl'))
+        if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)) and not (c['overwrite'] and ours):
+            fail(f'output_dir: {folder} is there already; choose another' + (', or add --overwrite=True to replace it' if ours else ''))
+
+
+def check_model(model_dir, c):
+    """Ends with one line if the checkpoint cannot be trained with the options."""
+    try:
+        config, total = truncated_config(model_dir, c['num_hidden_layers'] or max(c['target_layers']) + 1)
+        with torch.device('meta'):  # the model's shape without its weights
+            model = AutoModel.from_config(config)
+        blocks = model.layers
+    except Exception as e:
+        fail(f'{model_dir}: not a decoder that transformers can build ({type(e).__name__})')
+    if len(blocks) > total:
+        fail(f'num_hidden_layers={len(blocks)} found, but {model_dir} has {total} blocks')
+    if getattr(config, 'quantization_config', None):
+        fail(f'{model_dir}: the checkpoint is quantised; the merge needs the original weights')
+    stored = {name: tensor for shard in shards(model_dir) for name, tensor in read_header(os.path.join(model_dir, shard))[0].items()}
+    for i in c['layers_to_transform']:
+        linears = {name.rpartition('.')[2]: name for name, module in blocks[i].named_modules() if isinstance(module, nn.Linear)}
+        for module in c['target_modules']:
+            if module not in linears:
+                fail(f'target_modules: block {i} has no linear layer {module!r}, but {", ".join(linears)}')
+            tensor = stored[stored_name(stored, f'layers.{i}.{linears[module]}')]
+            if tensor['dtype'] not in TORCH_DTYPES:
+                fail(f'{model_dir}: {module} of block {i} is stored as {tensor["dtype"]}, one of {", ".join(TORCH_DTYPES)} wanted')
+
+
+def versions():
+    """What the run stands on, for the log and cb_config.json."""
+    return {'python': platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, safetensors, datasets)}}
+
+
+if __name__ == '__main__':
+    config = configure(__file__, sys.argv[1:])
+    globals().update(config)  # from here on every option is a plain name, as in the block above
+    transformers.logging.set_verbosity_error()
+
+    # everything that the user may have got wrong, before anything is loaded or written
+    check_options(config)
+    retain_messages = load_messages(retain_data_path, num_retain_examples, seed)
+    cb_messages = load_messages(cb_data_path, num_cb_examples, seed)
+    val_rows = read_rows(val_data_path, labelled) if val_data_path else []
+    model_dir = find_checkpoint(model_name)
+    check_model(model_dir, config)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    if not tokenizer.chat_template:
+        fail(f'{model_dir}: the tokenizer has no chat template; an instruction-tuned model is wanted')
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+    retain_rows = encode(tokenizer, retain_messages, max_seq_length)
+    cb_rows = encode(tokenizer, cb_messages, max_seq_length)
+    val_sets = {label: encode(tokenizer, [m for l, m in val_rows if l == label], max_seq_length) for label in ('benign', 'harmful')}
+
+    # the model: truncated, frozen, with a LoRA beside each of its target linears
+    torch.manual_seed(seed)
+    model = load_decoder(model_dir, num_hidden_layers or max(target_layers) + 1, dtype, device)
+    named_loras = add_lora(model, target_modules, layers_to_transform, lora_r, lora_alpha, lora_dropout)
+    loras = list(named_loras.values())
+    parameters = [p for lora in loras for p in (lora.lora_A, lora.lora_B)]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    ticks = (schedule_steps or max_steps) if use_dynamic_scheduling else 0
+    rows_a_step = batch_size * gradient_accumulation_steps
+
+    # our own walk through the blocks must be the library's, bit for bit (within rounding where a GPU picks another kernel)
+    probe, probe_mask = collate([retain_rows[0], cb_rows[0]], device)
+    with torch.no_grad(), adapter_off(loras):
+        theirs = model(input_ids=probe, output_hidden_states=True, use_cache=False).hidden_states[1:]
+        off = max(distance(a, b, probe_mask).item() / distance(0 * a, a, probe_mask).item()
+                  for a, (_, b, _) in zip(theirs, streams(model, probe, loras, len(model.layers))))
+    if not off <= (1e-5 if model.dtype == torch.float32 else 2e-2):
+        fail(f'{model_dir}: {type(model).__name__} computes its blocks in another way than this script (relative difference {off:.1e})')
+
+    partial = output_dir + '.partial'
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    log = open(os.path.join(partial, 'log.jsonl'), 'w', encoding='utf-8')
+    print(' | '.join(f'{name} {version}' for name, version in versions().items()) + f' | {device}, {model.dtype}')
+    print('\n'.join(f'{name} = {value!r}' for name, value in config.items()))
+    print(f'{len(model.layers)} blocks, {len(loras)} LoRAs, {sum(p.numel() for p in parameters):,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters')
+    for name, rows in (('retain', retain_rows), ('harmful', cb_rows)):
+        mean = sum(map(len, rows)) / len(rows)
+        print(f'{name}: {len(rows)} rows, {mean:.0f} tokens on average, {sum(len(r) == max_seq_length for r in rows)} at the limit of '
+              f'{max_seq_length}; {rows_a_step} rows, about {rows_a_step * mean:.0f} tokens a step, {max_steps * rows_a_step / len(rows):.1f} epochs')
+    if not val_rows:
+        print('no val_data_path: no validation pass')
+
+    seen, start = 0, time.time()
+    for step in tqdm(range(max_steps), desc='train', disable=None):
+        retain_coeff, cb_coeff = coefficients(step, lorra_alpha, ticks)
+        record = {'step': step, 'loss': 0.0}
+
+        # four passes: a reference and an adapted one on benign rows, then the same on harmful rows. Both losses are sums over
+        # tokens divided by the step's own count, so that accumulation changes nothing but the memory.
+        for name, run, rows, coeff in (('retain', retain_pass, retain_rows, retain_coeff), ('cb', cb_pass, cb_rows, cb_coeff)):
+            batch = batch_at(rows, step, rows_a_step, f'{seed} {name}')
+            tokens, loss_sum, cos_sum = sum(map(len, batch)), 0, 0
+            for i in range(0, rows_a_step, batch_size):
+                ids, mask = collate(batch[i:i + batch_size], device)  # (B, T)
+                loss, cos = run(model, ids, mask, loras, target_layers, gradient_checkpointing)
+                (coeff * loss / tokens).backward()
+                loss_sum, cos_sum = loss_sum + loss.detach(), cos_sum + cos
+            record |= {f'{name}_loss': loss_sum.item() / tokens, f'{name}_coeff': coeff, f'{name}_cos': cos_sum.item() / tokens}
+            record['loss'] += coeff * record[f'{name}_loss']
+            seen += tokens
+
+        record['grad_norm'] = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+        if not math.isfinite(record['loss'] + record['grad_norm']):
+            sys.exit(f'step {step}: retain_loss {record["retain_loss"]}, cb_loss {record["cb_loss"]}, grad_norm {record["grad_norm"]}: stopped '
+                     f'before the optimizer step; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16')
+        if step == 0 and (record['retain_loss'] > 1e-3 or abs(record['cb_loss'] - 1) > 1e-3):  # B is zero: h' = h
+            sys.exit(f'step 0: retain_loss {record["retain_loss"]} and cb_loss {record["cb_loss"]} found, 0 and 1 wanted: the adapter is not neutral')
+        optimizer.step()
+        optimizer.zero_grad()
+
+        if step % log_interval == 0 or step == max_steps - 1:
+            record |= {'learning_rate': learning_rate, 'seconds': round(time.time() - start, 3), 'tokens': seen}
+            line = ('step {step:4d} | loss {loss:8.4f} | retain {retain_loss:7.4f} x {retain_coeff:5.2f} cos {retain_cos:6.3f} | '
+                    'cb {cb_loss:6.4f} x {cb_coeff:5.2f} cos {cb_cos:6.3f} | grad {grad_norm:8.2e} | {seconds:6.1f} s').format(**record)
+            if val_rows and (step % eval_interval == 0 or step == max_steps - 1):
+                record |= validate(model, val_sets, loras, target_layers, batch_size, device)
+                line += ' | val retain {val_retain_loss:.4f} cos {val_retain_cos:.3f} cb {val_cb_loss:.4f} cos {val_cb_cos:.3f}'.format(**record)
+            tqdm.write(line)
+            print(json.dumps(record), file=log, flush=True)
+    log.close()
+
+    # save: adapter, merged model, options; then reload the merged model and compare its states with the adapted ones
+    for lora in loras:
+        lora.eval()
+    with torch.no_grad():
+        adapted = [h_lora for _, _, h_lora in streams(model, probe, loras, len(model.layers))]
+    save_adapter(os.path.join(partial, 'adapter'), named_loras, model_name, lora_r, lora_alpha, lora_dropout)
+    merge(model_dir, partial, {name: lora.delta() for name, lora in named_loras.items()})
+    write_json(os.path.join(partial, 'cb_config.json'), {**config, 'versions': versions()})
+    blocks, model_dtype = len(model.layers), model.dtype
+    del model, loras, named_loras, parameters, optimizer
+    merged = load_decoder(partial, blocks, dtype, device)
+    with torch.no_grad():
+        reloaded = merged(input_ids=probe, output_hidden_states=True, use_cache=False).hidden_states[1:]
+    off = max(distance(a, b, probe_mask).item() / distance(0 * a, a, probe_mask).item() for a, b in zip(adapted, reloaded))
+    if not off <= (1e-3 if model_dtype == torch.float32 else 5e-2):
+        sys.exit(f'{partial}: the merged model, reloaded, is {off:.1e} away from the adapted one; it was not moved to {output_dir}')
+    if os.path.exists(output_dir):
+        os.rename(output_dir, output_dir + '.old')
+    os.rename(partial, output_dir)
+    shutil.rmtree(output_dir + '.old', ignore_errors=True)
+    print(f'{output_dir}: merged, reloaded, and equal to the adapted model within {off:.1e} (relative)')

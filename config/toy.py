@@ -1,0 +1,15 @@
+# The toy world on a laptop: python data_prep.py toy && python cb_train.py config/toy.py && python cb_eval.py config/toy.py
+# 1.3 M parameters, 8 blocks; half a minute on 2 CPU cores. Expected at the end: retain below 1, cb below 0.1.
+model_name = 'data/toy/base'
+cb_data_path = 'data/toy/circuit_breaker.json'
+retain_data_path = 'data/toy/retain.jsonl'
+val_data_path = 'data/toy/val.jsonl'
+output_dir = 'out/toy'
+
+num_hidden_layers = 0            # 6 = max(target_layers) + 1 of the 8 blocks
+target_layers = [3, 5]           # as deep as 10 and 20 of 32
+layers_to_transform = range(6)
+schedule_steps = 300             # the published ratio: twice the steps
+learning_rate = 5e-3             # at 1e-3 nothing happens in 150 steps: a small model needs larger ones
+max_steps = 150
+batch_size = 16
