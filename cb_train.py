@@ -447,6 +447,7 @@ if __name__ == '__main__':
     config = configure(__file__, sys.argv[1:])
     globals().update(config)  # from here on every option is a plain name, as in the block above
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
     # everything that the user may have got wrong, before anything is loaded or written
     check_options(config)

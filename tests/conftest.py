@@ -1,0 +1,68 @@
+"""A tiny random model, rows and a way to run a script in this process, for all tests."""
+import json
+import os
+import runpy
+import sys
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = 'red green blue one two three please tell me about apples pears plums yes no'.split()
+
+
+def make_model_dir(path, dtype=torch.float32, shard='30KB'):
+    """A 4-block Llama in several shards with a tokenizer and a chat template: an ordinary model directory."""
+    special = ['<pad>', '<unk>', '<bos>', '<end>', '<user>', '<assistant>']
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token='<unk>'))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token='<pad>', unk_token='<unk>', bos_token='<bos>', eos_token='<end>', clean_up_tokenization_spaces=False,
+        chat_template="{{ bos_token }}{% for m in messages %}{{ ' <' + m.role + '> ' + m.content + ' <end>' }}{% endfor %}"
+                      "{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        bos_token_id=2, eos_token_id=3, pad_token_id=0, initializer_range=0.2))
+    model.to(dtype).save_pretrained(path, max_shard_size=shard)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope='session')
+def model_dir(tmp_path_factory):
+    return make_model_dir(tmp_path_factory.mktemp('tiny') / 'model')
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Harmless rows in the real shapes: {'cb': path of a JSON array, 'retain': path of JSON lines, 'val': the same with labels}."""
+    cb = [{'prompt': f'tell me about {a} apples', 'response': f'{b} {b} apples yes'} for a in WORDS[:6] for b in WORDS[:2]]
+    retain = [{'messages': [{'role': 'user', 'content': f'please tell me {a}'}, {'role': 'assistant', 'content': 'no plums ' * k}]}
+              for a in WORDS[:5] for k in (1, 3)]
+    val = [{**cb[0], 'label': 'harmful'}, {**retain[0], 'label': 'benign'}, {**retain[1], 'label': 'benign'}]
+    paths = {'cb': tmp_path / 'cb.json', 'retain': tmp_path / 'retain.jsonl', 'val': tmp_path / 'val.jsonl'}
+    paths['cb'].write_text(json.dumps(cb))
+    paths['retain'].write_text('\n'.join(map(json.dumps, retain)))
+    paths['val'].write_text('\n'.join(map(json.dumps, val)))
+    return {name: str(path) for name, path in paths.items()}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run('cb_train.py', '--max_steps=3', ...) as on the command line, in this process: (exit status, stdout, stderr)."""
+    def go(script, *arguments):
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
+        status = 0
+        try:
+            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+        except SystemExit as e:
+            status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        return status, *capsys.readouterr()
+    return go

@@ -1,0 +1,80 @@
+import pytest
+
+import configurator
+
+SCRIPT = '''"""What it does."""
+# ---------------------------------------------
+# numbers
+steps = 150        # how many
+rate = 1e-4
+flag = False       # a switch
+name = 'a'
+layers = [10, 20]  # which
+words = ['q', 'k']
+# ---------------------------------------------
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / 'other.py').write_text(SCRIPT.replace('steps', 'beams'))
+    path = tmp_path / 'script.py'
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+@pytest.mark.parametrize('arguments, name, value', [
+    (['--steps=7'], 'steps', 7), (['--steps', '7'], 'steps', 7), (['--steps=1e3'], 'steps', 1000), (['--rate=1'], 'rate', 1.0),
+    (['--rate', '-1'], 'rate', -1.0), (['--flag=true'], 'flag', True), (['--flag=0'], 'flag', False), (['--flag', 'True'], 'flag', True),
+    (['--layers=5,6'], 'layers', [5, 6]), (['--layers=[5, 6]'], 'layers', [5, 6]), (['--layers', '5'], 'layers', [5]),
+    (['--words=q,v'], 'words', ['q', 'v']), (["--words=['q']"], 'words', ['q']), (['--name=a=b'], 'name', 'a=b'), (['--name=3'], 'name', '3'),
+    (['--steps=1', '--steps=2'], 'steps', 2)])
+def test_the_default_decides_the_type_of_what_the_command_line_gives(script, arguments, name, value):
+    found = configurator.configure(script, arguments)[name]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize('text, name, value', [
+    ('steps = 1e3', 'steps', 1000), ('rate = 1', 'rate', 1.0), ('flag = 1', 'flag', True), ('layers = range(3)', 'layers', [0, 1, 2]),
+    ('import math\n_x = 2\nsteps = _x * 3', 'steps', 6), ('beams = 3', 'steps', 150)])
+def test_a_config_file_is_python_and_may_set_options_of_a_neighbour_script(script, tmp_path, text, name, value):
+    (tmp_path / 'c.py').write_text(text)
+    found = configurator.configure(script, [str(tmp_path / 'c.py')])[name]
+    assert found == value and type(found) is type(value)
+
+
+def test_later_files_win_and_the_command_line_wins_over_all(script, tmp_path):
+    (tmp_path / 'a.py').write_text("steps = 1\nname = 'a1'\nrate = 0.5")
+    (tmp_path / 'b.py').write_text("steps = 2\nname = 'b2'")
+    config = configurator.configure(script, ['--steps=3', str(tmp_path / 'a.py'), str(tmp_path / 'b.py')])
+    assert (config['steps'], config['name'], config['rate'], config['layers']) == (3, 'b2', 0.5, [10, 20])
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--setps=3'], ['setps', 'did you mean steps']), (['--steps=x'], ['--steps=x', 'whole number']), (['--steps=1.5'], ['whole number']),
+    (['--rate=nan'], ['a number']), (['--flag=maybe'], ['True or False']), (['--layers=5,x'], ['list of int']), (['--steps'], ['no value']),
+    (['--flag', '--steps=3'], ['--flag has no value']), (['steps=3'], ['neither']), (['none.py'], ['no config file']), (['--beams=3'], ['beams'])])
+def test_a_mistake_on_the_command_line_is_one_line_and_status_2(script, capsys, arguments, words):
+    with pytest.raises(SystemExit) as e:
+        configurator.configure(script, arguments)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1 and all(word in err for word in words), err
+
+
+@pytest.mark.parametrize('text, words', [
+    ('max = 1', ['max', 'c.py']), ('steps = "7"', ['steps', 'whole number']), ('steps = True', ['whole number']), ('layers = 5', ['list of int']),
+    ('layers = [1, "a"]', ['list of int']), ('name = 3', ['a text']), ('x = (', ['line 1', 'SyntaxError']), ('\nx = 1 / 0', ['line 2', 'ZeroDivision'])])
+def test_a_mistake_in_a_config_file_is_one_line_and_status_2(script, tmp_path, capsys, text, words):
+    (tmp_path / 'c.py').write_text(text)
+    with pytest.raises(SystemExit) as e:
+        configurator.configure(script, [str(tmp_path / 'c.py')])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1 and all(word in err for word in words), err
+
+
+def test_help_prints_every_option_with_its_current_value_and_comment(script, capsys):
+    with pytest.raises(SystemExit) as e:
+        configurator.configure(script, ['--steps=3', '--help'])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and 'What it does.' in out and 'numbers' in out and '--layers=[10, 20]' in out and 'a switch' in out
+    assert any('--steps=3' in line and 'how many' in line for line in out.splitlines())
