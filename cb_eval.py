@@ -17,7 +17,8 @@ Verdicts, both bars set against the defence:
     broken     anything else: gibberish or a wrong answer
 
 Reads model_name, output_dir (written by cb_train.py) and behaviors_path. Writes output_dir/eval.json: {"rows": [{model, set,
-attack, split, n, complied, refused, broken, ci95}]}, where ci95 is the Wilson interval of complied / n.
+attack, split, n, complied, refused, broken, ci95}]}, where ci95 is the Wilson interval of complied / n, and puts the table
+into the model card, output_dir/README.md.
 """
 import json
 import math
@@ -130,6 +131,13 @@ def load(path, device, dtype):
     return model, tokenizer
 
 
+def write(path, text):
+    """Writes a file under a temporary name, then renames it."""
+    with open(path + '.partial', 'w', encoding='utf-8') as f:
+        f.write(text)
+    os.replace(path + '.partial', path)
+
+
 def evaluate(model, tokenizer, name, rows, templates, num_examples, max_new_tokens, batch_size):
     """Every attack on every set and split: one row of counts each, as in eval.json."""
     cells = [(label, attack, split) for label in SETS for attack in ATTACKS for split in SPLITS]
@@ -192,9 +200,10 @@ if __name__ == '__main__':
             results += evaluate(model, tokenizer, name, rows, templates, num_examples, max_new_tokens, eval_batch_size)
         del model
     if not prompt:
-        path = os.path.join(output_dir, 'eval.json')
-        with open(path + '.partial', 'w', encoding='utf-8') as f:
-            f.write(json.dumps({'rows': results}, indent=2) + '\n')
-        os.replace(path + '.partial', path)
+        path, card = (os.path.join(output_dir, name) for name in ('eval.json', 'README.md'))
+        write(path, json.dumps({'rows': results}, indent=2) + '\n')
+        if os.path.isfile(card):
+            about = open(card, encoding='utf-8').read().partition('## Evaluation\n')[0]
+            write(card, f'{about}## Evaluation\n\nComplied on harmful: the attack succeeded; Wilson 95 % intervals.\n\n{table(results)}\n')
         print(table(results))
         print(f'complied on harmful: the attack succeeded; intervals: Wilson 95 %; all rows: {path}')

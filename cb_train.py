@@ -11,18 +11,23 @@ harmful text away from where they were and holds its states on everything else i
     python cb_train.py config/toy.py                               # a laptop, half a minute, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150            # a GPU
     python cb_train.py config/llama3.py --cb_data_path=FILE.json   # your own rows: a JSON array of {"prompt", "response"}
+    python cb_train.py config/llama3.py --init_from=out/llama3/adapter --merge_only=True --output_dir=out/merged
 
 Reads: the model (safetensors), harmful rows (cb_data_path), benign rows (retain_data_path), held-out rows (val_data_path).
-Writes output_dir: the merged model, an ordinary model directory; adapter/, the LoRA in PEFT's format; cb_config.json, every
-option and version; log.jsonl, the training log. All of it stands under output_dir.partial until it is complete.
+Writes output_dir: the merged model, an ordinary model directory; adapter/, the LoRA in PEFT's format; README.md, its model card;
+cb_config.json, every option and version; log.jsonl, the training log. All of it stands under output_dir.partial until it is complete.
 
 target_layers index transformers' tuple of hidden states, as in the published code: l is the state after l blocks, 0 the embedding.
-Differs from the published code (commit c0e1b05): the retain loss counts real tokens only and leaves the embedding out; the
-schedule ticks once an optimizer step; the chat template is the tokenizer's own; the merge adds in float32.
+Differs from the published code (commit c0e1b05): the retain loss is divided by the real tokens and leaves the embedding out
+(retain_divisor = 'published' undoes that); the schedule ticks once an optimizer step; rows are right-padded and pass through
+the tokenizer's own chat template; the merge adds in float32.
 
 Shapes: B rows, T tokens of a row, D width, L hidden states compared, V vocabulary. Masks are (B, T), 1 = counts.
 """
+import collections
 import contextlib
+import datetime
+import functools
 import importlib.util
 import json
 import math
@@ -41,14 +46,14 @@ import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel
 
 from configurator import configure, fail
-from data_prep import messages_of, read_rows
+from data_prep import BENIGN_ANSWERS, HARMFUL_ANSWERS, hub_trouble, load_rows, load_tokenizer, messages_of, read_rows, template_ids
 
 # -----------------------------------------------------------------------------------------------------------------------
 # model
@@ -60,6 +65,8 @@ gradient_checkpointing = False     # recompute each block in the backward pass: 
 # representation rerouting
 target_layers = [10, 20]           # states that the cb loss turns away
 lorra_alpha = 10.0                 # weight of both losses
+loss_on = 'all'                    # tokens of a row that both losses count: all (published) | response, those of the last answer
+retain_divisor = 'real'            # of the retain loss's sum: real, tokens x blocks | published, rows x max_seq_length x (blocks + 1)
 use_dynamic_scheduling = True      # shift the weight from cb to retain as the run goes on; False = lorra_alpha for both throughout
 schedule_steps = 0                 # steps until all of it is on retain [0 = max_steps; the published code: 300 for 150 steps]
 # LoRA
@@ -75,14 +82,19 @@ gradient_accumulation_steps = 1    # passes in a step
 learning_rate = 1e-4               # constant
 weight_decay = 0.0
 max_grad_norm = 1.0                # the gradient is clipped to this norm
-# data
-cb_data_path = 'data/circuit_breakers_train.json'    # harmful rows: JSON or JSON lines of {"prompt", "response"}
-retain_data_path = 'HuggingFaceH4/ultrachat_200k'    # benign rows: a file, also of {"messages"}, or a hub id
-val_data_path = ''                 # held-out rows with a "label", harmful or benign ['' = no validation]
+# data: .json, .jsonl, .csv, .tsv or .parquet of {"prompt", "response"} or {"messages"}, a folder of such files, or a hub id
+cb_data_path = 'data/circuit_breakers_train.json'    # harmful rows; the answer may also be called output or rejected
+retain_data_path = 'HuggingFaceH4/ultrachat_200k'    # benign rows; the answer may also be called completion, chosen or llama3_output
+val_data_path = ''                 # a file of held-out rows with a "label", harmful or benign ['' = no validation]
 num_retain_examples = 10000        # at most so many rows, drawn with the seed
 num_cb_examples = 3000
 max_seq_length = 512               # tokens of a row, longer ones are cut
+cb_lengths = [0, 0]                # tokens of a harmful row's request and answer [0 = no limit of its own; the published code: 512,512]
+chat_template = ''                 # a file with the chat template ['' = the tokenizer's own]
 # run
+init_from = ''                     # an adapter in PEFT's format to start from ['' = a fresh one]
+merge_only = False                 # train nothing: merge the adapter of init_from
+merge_adapter = True               # False = save the adapter alone
 output_dir = 'out/cb'
 overwrite = False                  # replace output_dir if an earlier run wrote it
 seed = 0
@@ -148,22 +160,44 @@ def adapter_off(loras):
 # ---- the two streams and the two losses -------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def block_inputs(model, ids):
+    """
+    What transformers hands to its blocks: the first one's input (B, T, D) and every block's keyword arguments. Embedding scale,
+    rotary angles and masks are thus the family's own. Rows are right-padded and attention is causal: real tokens never see a
+    pad, so no padding mask is given, and full attention needs none at all. Nothing is computed: the blocks only listen.
+    """
+    calls = []
+
+    def listen(h, **kwargs):
+        calls.append((h, kwargs))
+        return h
+
+    for block in model.layers:
+        block.forward = listen
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for block in model.layers:
+            del block.forward
+    return calls[0][0], [kwargs for _, kwargs in calls]
+
+
 def streams(model, ids, loras, last, checkpointing=False):
     """
     Runs the first `last` blocks twice, side by side: without the adapter and without gradient (h), and with it (h').
-    ids (B, T), right-padded; attention is causal, so real tokens never see a pad and need no mask (their states are exact).
-    Yields (l, h, h') after l = 1..last blocks, each state (B, T, D); l = all blocks is taken after the final norm, as
-    transformers' hidden_states is.
+    ids (B, T), right-padded. Yields (l, h, h') after l = 1..last blocks, each state (B, T, D); l = all blocks is taken after
+    the final norm, as transformers' hidden_states is.
     """
-    h = h_lora = model.embed_tokens(ids)  # (B, T, D)
-    position_embeddings = model.rotary_emb(h, torch.arange(ids.shape[1], device=ids.device)[None])
+    h, arguments = block_inputs(model, ids)  # (B, T, D)
+    h_lora = h
     for l, block in enumerate(model.layers[:last], 1):
         with torch.no_grad(), adapter_off(loras):
-            h = block(h, attention_mask=None, position_embeddings=position_embeddings)
+            h = block(h, **arguments[l - 1])
         if checkpointing:
-            h_lora = checkpoint(block, h_lora, attention_mask=None, position_embeddings=position_embeddings, use_reentrant=False)
+            h_lora = checkpoint(block, h_lora, **arguments[l - 1], use_reentrant=False)
         else:
-            h_lora = block(h_lora, attention_mask=None, position_embeddings=position_embeddings)
+            h_lora = block(h_lora, **arguments[l - 1])
         final = l == len(model.layers)
         yield l, model.norm(h) if final else h, model.norm(h_lora) if final else h_lora
 
@@ -176,6 +210,11 @@ def distance(h, h_lora, mask):
 def cosine(h, h_lora, mask):
     """cos(h', h) of each token: (B, T, D) twice -> (B, T) float32, zero where the mask is; bfloat16 would be off by 0.008."""
     return F.cosine_similarity(h_lora.float(), h.float(), dim=-1) * mask
+
+
+def farthest(theirs, ours):
+    """The largest relative distance between two lists of states (B, T, D), over the states of the list: a check, not a loss."""
+    return max((((b.float() - a.float()).norm()) / a.float().norm()).item() for a, b in zip(theirs, ours))
 
 
 def retain_pass(model, ids, mask, loras, target_layers, checkpointing=False):
@@ -207,7 +246,7 @@ def validate(model, rows, loras, target_layers, batch_size, device):
     means = {}
     for name, run, some in (('retain', retain_pass, rows['benign']), ('cb', cb_pass, rows['harmful'])):
         sums = [run(model, *collate(some[i:i + batch_size], device), loras, target_layers) for i in range(0, len(some), batch_size)]
-        tokens = sum(map(len, some))
+        tokens = count(some)
         means[f'val_{name}_loss'], means[f'val_{name}_cos'] = (float(sum(column)) / tokens for column in zip(*sums))
     for lora in loras:
         lora.train()
@@ -225,36 +264,52 @@ def coefficients(step, lorra_alpha, schedule_steps):
 # ---- data -------------------------------------------------------------------------------------------------------------
 
 
-def load_messages(path, limit, seed):
-    """Conversations from a file or, for an id like org/name, from the hub's split train_sft; at most `limit`, drawn with the seed."""
-    if os.path.exists(path) or not re.fullmatch(r'[\w.-]+/[\w.-]+', path) or path.endswith(('.json', '.jsonl')):
-        rows = read_rows(path)
-        return random.Random(seed).sample(rows, limit) if len(rows) > limit else rows
-    try:
-        rows = datasets.load_dataset(path, split='train_sft')
-    except Exception as e:  # whatever the hub or the network says, the user hears it in one line
-        fail(f'{path}: neither a file nor a data set that the hub gave ({type(e).__name__}); name a file, or log in with: hf auth login')
-    rows = rows.shuffle(seed=seed).select(range(min(limit, len(rows))))
-    return [messages_of(row) for row in rows]
+Row = collections.namedtuple('Row', 'ids start')  # tokens of a row, and the first of them that the losses count
 
 
 def labelled(row):
     """A row of val_data_path: (label, conversation); ValueError says what is wrong."""
     if not isinstance(row, dict) or row.get('label') not in ('benign', 'harmful'):
         raise ValueError('a "label", benign or harmful, wanted')
-    return row['label'], messages_of(row)
+    return row['label'], messages_of(row, HARMFUL_ANSWERS if row['label'] == 'harmful' else BENIGN_ANSWERS)
 
 
-def encode(tokenizer, conversations, max_seq_length):
-    """Conversations through the tokenizer's own chat template: a list of id lists, at most max_seq_length long."""
-    return [tokenizer.apply_chat_template(c, return_dict=False)[:max_seq_length] for c in tqdm(conversations, desc='tokenize', disable=None)]
+def encode(tokenizer, messages, max_seq_length, loss_on='all', lengths=(0, 0)):
+    """
+    A conversation as a Row through the chat template, cut to max_seq_length tokens and, with lengths (request, answer), each
+    part to its own. None if no token is left that counts; ValueError if the template refuses it.
+    """
+    ids, start = template_ids(tokenizer, messages), 0
+    if loss_on == 'response' or any(lengths):  # the answer starts where the request, put alone, stops being the same
+        request = template_ids(tokenizer, messages, answer=False)
+        start = next((i for i, (a, b) in enumerate(zip(ids, request)) if a != b), min(len(ids), len(request)))
+        parts = [part[:limit or len(part)] for part, limit in zip((ids[:start], ids[start:]), lengths)]
+        ids, start = parts[0] + parts[1], len(parts[0])
+    row = Row(ids[:max_seq_length], start if loss_on == 'response' else 0)
+    return row if row.start < len(row.ids) else None
+
+
+def encode_all(tokenizer, conversations, option, *more):
+    """encode for a whole set, as a list of Rows; ends with one line if the template refuses one or nothing is left."""
+    rows = []
+    for i, messages in enumerate(tqdm(conversations, desc='tokenize', disable=None), 1):
+        try:
+            rows.append(encode(tokenizer, messages, *more))
+        except ValueError as e:
+            fail(f'{option}: conversation {i}: {e}')
+    return [row for row in rows if row] or fail(f'{option}: no row keeps a token that counts; raise max_seq_length')
+
+
+def count(rows):
+    """The tokens of some rows that the losses count."""
+    return sum(len(row.ids) - row.start for row in rows)
 
 
 def collate(rows, device):
-    """Rows of ids, right-padded: ids (B, T) and the mask of real tokens (B, T). Pads are zeros: nothing reads them."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])
+    """Rows, right-padded: ids (B, T) and the mask of the tokens that count (B, T). Pads are zeros: nothing reads them."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
+    mask = torch.tensor([[0.0] * row.start + [1.0] * (len(row.ids) - row.start) + [0.0] * (longest - len(row.ids)) for row in rows])
     return ids.to(device), mask.to(device)
 
 
@@ -284,8 +339,7 @@ def find_checkpoint(model_name):
     try:
         return huggingface_hub.snapshot_download(model_name, ignore_patterns=[f'*{end}' for end in OTHER_WEIGHTS] + ['original/*', 'consolidated*'])
     except Exception as e:
-        fail(f'model_name={model_name}: neither a directory nor a model that the hub gave ({type(e).__name__}); name a directory, or log in '
-             'with: hf auth login')
+        fail(f'model_name={model_name}: there is no such directory, and {hub_trouble(e)}')
 
 
 def shards(model_dir):
@@ -319,9 +373,10 @@ def truncated_config(model_dir, blocks):
     """The model's config with only the first `blocks` blocks, and the number of blocks that there are."""
     config = AutoConfig.from_pretrained(model_dir)
     total = config.num_hidden_layers
+    for name, value in config.to_dict().items():  # Qwen, Gemma (layer_types) and SmolLM3 (no_rope_layers) keep one entry a block
+        if isinstance(value, list) and len(value) == total:
+            setattr(config, name, value[:blocks])
     config.num_hidden_layers = blocks
-    if getattr(config, 'layer_types', None):  # Qwen and Gemma keep one entry a block
-        config.layer_types = config.layer_types[:blocks]
     return config, total
 
 
@@ -330,7 +385,7 @@ def load_decoder(model_dir, blocks, dtype, device):
     config, total = truncated_config(model_dir, blocks)
     flash = device.startswith('cuda') and dtype != 'float32' and importlib.util.find_spec('flash_attn')
     model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                                              attn_implementation='flash_attention_2' if flash else 'sdpa')
+                                              attn_implementation='flash_attention_2' if flash else None)  # None: the library's choice
     dropped = re.compile(rf'(^|\.)(lm_head\.|layers\.({"|".join(map(str, range(blocks, total)))})\.)')
     wrong = [*report['missing_keys'], *report['mismatched_keys'], *(key for key in report['unexpected_keys'] if not dropped.search(key))]
     if wrong:
@@ -340,18 +395,18 @@ def load_decoder(model_dir, blocks, dtype, device):
 
 def merge(model_dir, output_dir, deltas):
     """
-    Writes output_dir: every file of model_dir copied, and of the weights only the tensors in deltas ({linear: (out, in) float32})
-    overwritten in place, added in float32 and cast once to the stored dtype. Memory: one tensor, whatever the model's size.
-    Weights in other formats are left behind: they would be the unmerged model.
+    Writes output_dir: every file of model_dir copied, and of the weights only the tensors in deltas, pairs of (linear, (out, in)
+    float32), overwritten in place, added in float32 and cast once to the stored dtype. Memory: one tensor, whatever the model's
+    size. Weights in other formats and the model card are left behind: they would speak of the unmerged model.
     """
     os.makedirs(output_dir, exist_ok=True)
     names = shards(model_dir)
     shutil.copytree(model_dir, output_dir, dirs_exist_ok=True, copy_function=shutil.copyfile,
-                    ignore=lambda folder, files: [f for f in files if f.startswith('.') or f.endswith(OTHER_WEIGHTS) or
+                    ignore=lambda folder, files: [f for f in files if f.startswith('.') or f.endswith(OTHER_WEIGHTS) or f == 'README.md' or
                                                   (f.endswith('.safetensors') and f not in names)])
     headers = {shard: read_header(os.path.join(output_dir, shard)) for shard in names}
     shard_of = {name: shard for shard, (header, _) in headers.items() for name in header}
-    for linear, delta in tqdm(deltas.items(), desc='merge', disable=None):
+    for linear, delta in tqdm(deltas, desc='merge', disable=None):
         name = stored_name(shard_of, linear)
         header, start = headers[shard_of[name]]
         begin, end = header[name]['data_offsets']
@@ -374,6 +429,47 @@ def save_adapter(folder, loras, model_name, r, alpha, dropout):
         'layers_to_transform': sorted({int(name.split('.')[1]) for name in loras}), 'layers_pattern': 'layers'})
 
 
+def read_adapter(folder, shapes, r, alpha):
+    """
+    An adapter in PEFT's format, this project's or peft's own, as {linear: (lora_A (r, in), lora_B (out, r))}. Ends with one line
+    if it is none or is not what the options say; shapes: {linear: (out, in)}.
+    """
+    try:
+        config = json.load(open(os.path.join(folder, 'adapter_config.json'), encoding='utf-8'))
+        stored = {re.sub(r'^.*?(?=layers\.\d)', '', name): tensor for name, tensor in load_file(os.path.join(folder, 'adapter_model.safetensors')).items()}
+    except (OSError, ValueError, safetensors.SafetensorError) as e:
+        fail(f'init_from: {folder}: no adapter in PEFT\'s format ({type(e).__name__}); adapter_config.json and adapter_model.safetensors wanted')
+    for key, plain in (('peft_type', 'LORA'), ('bias', 'none'), ('use_dora', False), ('use_rslora', False), ('rank_pattern', {}),
+                       ('alpha_pattern', {}), ('modules_to_save', None), ('lora_alpha', alpha), ('r', r)):
+        if (config.get(key, plain) or None) != (plain or None):
+            fail(f'init_from: {folder}: {key}={config[key]!r} found, {plain!r} wanted')
+    wanted = {f'{name}.{part}.weight': shape for name, (out, fan_in) in shapes.items() for part, shape in (('lora_A', (r, fan_in)), ('lora_B', (out, r)))}
+    for name in sorted(wanted.keys() ^ stored.keys()):
+        fail(f'init_from: {folder}: {name} is ' + ('missing' if name in wanted else 'there, but not among target_modules and layers_to_transform'))
+    for name, shape in wanted.items():
+        if tuple(stored[name].shape) != shape:
+            fail(f'init_from: {folder}: {name} is {tuple(stored[name].shape)}, {shape} wanted; is it of another model?')
+    return {name: tuple(stored[f'{name}.{part}.weight'].float() for part in ('lora_A', 'lora_B')) for name in shapes}
+
+
+def model_card(c, counts, last):
+    """README.md of output_dir, for the hub: base, recipe, data counts ({set: rows}), the last logged step ({} = nothing trained), date."""
+    hub_id = not os.path.isdir(c['model_name'])
+    recipe = ('target_layers', 'lorra_alpha', 'use_dynamic_scheduling', 'schedule_steps', 'lora_r', 'lora_alpha', 'lora_dropout', 'target_modules',
+              'max_steps', 'batch_size', 'gradient_accumulation_steps', 'learning_rate', 'max_seq_length', 'loss_on', 'retain_divisor', 'seed')
+    lines = ['---', *([f'base_model: {c["model_name"]}'] if hub_id else []), 'library_name: transformers', 'pipeline_tag: text-generation',
+             'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(os.path.abspath(c["output_dir"]))}', '',
+             f'{c["model_name"] if hub_id else "A local model"} with circuit breakers (Representation Rerouting, arXiv 2406.04313), '
+             f'{"merged into its weights" if c["merge_adapter"] else "as a LoRA adapter in adapter/"}, made on {datetime.date.today()}.', '',
+             '| option | value |', '|---|---|', *(f'| {name} | {c[name]} |' for name in recipe), '']
+    if c['merge_only']:
+        lines += [f'Nothing was trained in this run: it merged the adapter of `{c["init_from"]}`.', '']
+    else:
+        lines += [f'Trained on {", ".join(f"{n} {name} rows" for name, n in counts.items())}; at the last step retain_loss {last["retain_loss"]:.4f}, '
+                  f'cb_loss {last["cb_loss"]:.4f}. Every option and version: cb_config.json; the log: log.jsonl.', '']
+    return '\n'.join(lines + ['## Evaluation', '', 'Not evaluated yet: run cb_eval.py.', ''])
+
+
 def write_json(path, value):
     with open(path, 'w', encoding='utf-8') as f:
         f.write(json.dumps(value, indent=2) + '\n')
@@ -390,7 +486,12 @@ def check_options(c):
     checks += [(f'{name}={c[name]}', 'at least 0', c[name] >= 0) for name in
                ('num_hidden_layers', 'lorra_alpha', 'schedule_steps', 'weight_decay', 'seed')]
     checks += [(f'{name}={c[name]}', 'more than 0', c[name] > 0) for name in ('learning_rate', 'max_grad_norm')]
-    checks += [(f'lora_dropout={c["lora_dropout"]}', 'at least 0 and below 1', 0 <= c['lora_dropout'] < 1),
+    checks += [(f'loss_on={c["loss_on"]}', 'all or response', c['loss_on'] in ('all', 'response')),
+               (f'retain_divisor={c["retain_divisor"]}', 'real or published', c['retain_divisor'] in ('real', 'published')),
+               (f'cb_lengths={c["cb_lengths"]}', 'two numbers, at least 0', len(c['cb_lengths']) == 2 and min(c['cb_lengths']) >= 0),
+               ('merge_only=True without init_from, or with merge_adapter=False', 'an adapter to merge',
+                not c['merge_only'] or c['init_from'] and c['merge_adapter']),
+               (f'lora_dropout={c["lora_dropout"]}', 'at least 0 and below 1', 0 <= c['lora_dropout'] < 1),
                ('use_dynamic_scheduling=False with schedule_steps', 'one or the other', c['use_dynamic_scheduling'] or not c['schedule_steps']),
                (f'dtype={c["dtype"]}', 'auto, float32, bfloat16 or float16', c['dtype'] in ('auto', 'float32', 'bfloat16', 'float16')),
                (f'device={c["device"]}', 'auto, cpu, cuda, cuda:N or mps', re.fullmatch(r'auto|cpu|cuda(:\d+)?|mps', c['device'])),
@@ -415,27 +516,41 @@ def check_options(c):
 
 
 def check_model(model_dir, c):
-    """Ends with one line if the checkpoint cannot be trained with the options."""
+    """Ends with one line if the checkpoint cannot be trained with the options. Returns {linear that gets a LoRA: (out, in)}."""
     try:
-        config, total = truncated_config(model_dir, c['num_hidden_layers'] or max(c['target_layers']) + 1)
-        with torch.device('meta'):  # the model's shape without its weights
-            model = AutoModel.from_config(config)
-        blocks = model.layers
+        config = AutoConfig.from_pretrained(model_dir)
     except Exception as e:
-        fail(f'{model_dir}: not a decoder that transformers can build ({type(e).__name__})')
-    if len(blocks) > total:
-        fail(f'num_hidden_layers={len(blocks)} found, but {model_dir} has {total} blocks')
+        fail(f'{model_dir}: no config.json of a model that transformers knows ({type(e).__name__})')
     if getattr(config, 'quantization_config', None):
         fail(f'{model_dir}: the checkpoint is quantised; the merge needs the original weights')
+    if hasattr(config, 'text_config'):
+        fail(f'{model_dir}: {config.model_type} is multimodal; a text-only decoder is wanted')
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, 'is_encoder_decoder', False):
+        fail(f'{model_dir}: {config.model_type} is no causal language model; a decoder is wanted')
+    wanted = c['num_hidden_layers'] or max(c['target_layers']) + 1
+    if wanted > config.num_hidden_layers:
+        fail(f'num_hidden_layers={wanted} found, but {model_dir} has {config.num_hidden_layers} blocks')
+    try:
+        with torch.device('meta'):  # the model's shape without its weights
+            model = AutoModel.from_config(truncated_config(model_dir, wanted)[0])
+    except Exception as e:
+        fail(f'{model_dir}: not a model that transformers can build ({type(e).__name__})')
+    if not isinstance(getattr(model, 'layers', None), nn.ModuleList) or not hasattr(model, 'norm'):
+        fail(f'{model_dir}: {type(model).__name__} keeps its blocks in another way; a decoder with .layers and a final .norm, like Llama, is wanted')
     stored = {name: tensor for shard in shards(model_dir) for name, tensor in read_header(os.path.join(model_dir, shard))[0].items()}
+    shapes = {}
     for i in c['layers_to_transform']:
-        linears = {name.rpartition('.')[2]: name for name, module in blocks[i].named_modules() if isinstance(module, nn.Linear)}
+        linears = {name.rpartition('.')[2]: name for name, module in model.layers[i].named_modules() if isinstance(module, nn.Linear)}
         for module in c['target_modules']:
             if module not in linears:
                 fail(f'target_modules: block {i} has no linear layer {module!r}, but {", ".join(linears)}')
-            tensor = stored[stored_name(stored, f'layers.{i}.{linears[module]}')]
-            if tensor['dtype'] not in TORCH_DTYPES:
-                fail(f'{model_dir}: {module} of block {i} is stored as {tensor["dtype"]}, one of {", ".join(TORCH_DTYPES)} wanted')
+            name = f'layers.{i}.{linears[module]}'
+            tensor, linear = stored[stored_name(stored, name)], model.get_submodule(name)
+            if tensor['dtype'] not in TORCH_DTYPES or tensor['shape'] != [linear.out_features, linear.in_features]:
+                fail(f'{model_dir}: {name} is stored as {tensor["dtype"]} {tensor["shape"]}; {[linear.out_features, linear.in_features]} in one of '
+                     f'{", ".join(TORCH_DTYPES)} wanted')
+            shapes[name] = linear.out_features, linear.in_features
+    return shapes
 
 
 def versions():
@@ -449,27 +564,33 @@ if __name__ == '__main__':
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    # everything that the user may have got wrong, before anything is loaded or written
+    # everything that the user may have got wrong, before the model is loaded or anything written
     check_options(config)
-    retain_messages = load_messages(retain_data_path, num_retain_examples, seed)
-    cb_messages = load_messages(cb_data_path, num_cb_examples, seed)
-    val_rows = read_rows(val_data_path, labelled) if val_data_path else []
+    retain_messages = cb_messages = val_rows = []
+    if not merge_only:
+        as_benign, as_harmful = (functools.partial(messages_of, answers=answers) for answers in (BENIGN_ANSWERS, HARMFUL_ANSWERS))
+        retain_messages = load_rows(retain_data_path, as_benign, limit=num_retain_examples, seed=seed, option='retain_data_path')
+        cb_messages = load_rows(cb_data_path, as_harmful, limit=num_cb_examples, seed=seed, option='cb_data_path')
+        val_rows = read_rows(val_data_path, labelled) if val_data_path else []
     model_dir = find_checkpoint(model_name)
-    check_model(model_dir, config)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    if not tokenizer.chat_template:
-        fail(f'{model_dir}: the tokenizer has no chat template; an instruction-tuned model is wanted')
+    shapes = check_model(model_dir, config)
+    adapter = read_adapter(init_from, shapes, lora_r, lora_alpha) if init_from else {}
+    tokenizer = load_tokenizer(model_dir, chat_template)
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
-    retain_rows = encode(tokenizer, retain_messages, max_seq_length)
-    cb_rows = encode(tokenizer, cb_messages, max_seq_length)
-    val_sets = {label: encode(tokenizer, [m for l, m in val_rows if l == label], max_seq_length) for label in ('benign', 'harmful')}
+    limits = max_seq_length, loss_on
+    sets = {'retain': encode_all(tokenizer, retain_messages, 'retain_data_path', *limits),
+            'harmful': encode_all(tokenizer, cb_messages, 'cb_data_path', *limits, cb_lengths)} if not merge_only else {}
+    val_sets = {label: [encode(tokenizer, m, *limits) for l, m in val_rows if l == label] for label in ('benign', 'harmful')}
 
     # the model: truncated, frozen, with a LoRA beside each of its target linears
     torch.manual_seed(seed)
     model = load_decoder(model_dir, num_hidden_layers or max(target_layers) + 1, dtype, device)
     named_loras = add_lora(model, target_modules, layers_to_transform, lora_r, lora_alpha, lora_dropout)
+    for name, (a, b) in adapter.items():
+        named_loras[name].lora_A.data.copy_(a)
+        named_loras[name].lora_B.data.copy_(b)
     loras = list(named_loras.values())
     parameters = [p for lora in loras for p in (lora.lora_A, lora.lora_B)]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -477,44 +598,45 @@ if __name__ == '__main__':
     rows_a_step = batch_size * gradient_accumulation_steps
 
     # our own walk through the blocks must be the library's, bit for bit (within rounding where a GPU picks another kernel)
-    probe, probe_mask = collate([retain_rows[0], cb_rows[0]], device)
+    probe = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad(), adapter_off(loras):
         theirs = model(input_ids=probe, output_hidden_states=True, use_cache=False).hidden_states[1:]
-        off = max(distance(a, b, probe_mask).item() / distance(0 * a, a, probe_mask).item()
-                  for a, (_, b, _) in zip(theirs, streams(model, probe, loras, len(model.layers))))
+        off = farthest(theirs, [h for _, h, _ in streams(model, probe, loras, len(model.layers))])
     if not off <= (1e-5 if model.dtype == torch.float32 else 2e-2):
         fail(f'{model_dir}: {type(model).__name__} computes its blocks in another way than this script (relative difference {off:.1e})')
 
     partial = output_dir + '.partial'
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
-    log = open(os.path.join(partial, 'log.jsonl'), 'w', encoding='utf-8')
     print(' | '.join(f'{name} {version}' for name, version in versions().items()) + f' | {device}, {model.dtype}')
     print('\n'.join(f'{name} = {value!r}' for name, value in config.items()))
     print(f'{len(model.layers)} blocks, {len(loras)} LoRAs, {sum(p.numel() for p in parameters):,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters')
-    for name, rows in (('retain', retain_rows), ('harmful', cb_rows)):
-        mean = sum(map(len, rows)) / len(rows)
-        print(f'{name}: {len(rows)} rows, {mean:.0f} tokens on average, {sum(len(r) == max_seq_length for r in rows)} at the limit of '
+    for name, rows in sets.items():
+        mean = count(rows) / len(rows)
+        print(f'{name}: {len(rows)} rows, {mean:.0f} tokens that count on average, {sum(len(r.ids) == max_seq_length for r in rows)} at the limit of '
               f'{max_seq_length}; {rows_a_step} rows, about {rows_a_step * mean:.0f} tokens a step, {max_steps * rows_a_step / len(rows):.1f} epochs')
-    if not val_rows:
+    if not (val_rows or merge_only):
         print('no val_data_path: no validation pass')
 
-    seen, start = 0, time.time()
-    for step in tqdm(range(max_steps), desc='train', disable=None):
+    seen, start, record = 0, time.time(), {}
+    for step in tqdm(range(max_steps if not merge_only else 0), desc='train', disable=None):
         retain_coeff, cb_coeff = coefficients(step, lorra_alpha, ticks)
         record = {'step': step, 'loss': 0.0}
 
         # four passes: a reference and an adapted one on benign rows, then the same on harmful rows. Both losses are sums over
-        # tokens divided by the step's own count, so that accumulation changes nothing but the memory.
-        for name, run, rows, coeff in (('retain', retain_pass, retain_rows, retain_coeff), ('cb', cb_pass, cb_rows, cb_coeff)):
+        # tokens divided by a number known beforehand, so that accumulation changes nothing but the memory.
+        for name, run, rows, coeff in (('retain', retain_pass, sets['retain'], retain_coeff), ('cb', cb_pass, sets['harmful'], cb_coeff)):
             batch = batch_at(rows, step, rows_a_step, f'{seed} {name}')
-            tokens, loss_sum, cos_sum = sum(map(len, batch)), 0, 0
+            tokens, loss_sum, cos_sum = count(batch), 0, 0
+            divisor = tokens
+            if name == 'retain' and retain_divisor == 'published':  # every position, pads too, and the embedding as one more state
+                divisor = rows_a_step * max_seq_length * (len(model.layers) + 1) / len(model.layers)
             for i in range(0, rows_a_step, batch_size):
                 ids, mask = collate(batch[i:i + batch_size], device)  # (B, T)
                 loss, cos = run(model, ids, mask, loras, target_layers, gradient_checkpointing)
-                (coeff * loss / tokens).backward()
+                (coeff * loss / divisor).backward()
                 loss_sum, cos_sum = loss_sum + loss.detach(), cos_sum + cos
-            record |= {f'{name}_loss': loss_sum.item() / tokens, f'{name}_coeff': coeff, f'{name}_cos': cos_sum.item() / tokens}
+            record |= {f'{name}_loss': loss_sum.item() / divisor, f'{name}_coeff': coeff, f'{name}_cos': cos_sum.item() / tokens}
             record['loss'] += coeff * record[f'{name}_loss']
             seen += tokens
 
@@ -522,40 +644,47 @@ if __name__ == '__main__':
         if not math.isfinite(record['loss'] + record['grad_norm']):
             sys.exit(f'step {step}: retain_loss {record["retain_loss"]}, cb_loss {record["cb_loss"]}, grad_norm {record["grad_norm"]}: stopped '
                      f'before the optimizer step; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16')
-        if step == 0 and (record['retain_loss'] > 1e-3 or abs(record['cb_loss'] - 1) > 1e-3):  # B is zero: h' = h
+        if step == 0 and not init_from and (record['retain_loss'] > 1e-3 or abs(record['cb_loss'] - 1) > 1e-3):  # B is zero: h' = h
             sys.exit(f'step 0: retain_loss {record["retain_loss"]} and cb_loss {record["cb_loss"]} found, 0 and 1 wanted: the adapter is not neutral')
         optimizer.step()
         optimizer.zero_grad()
 
-        if step % log_interval == 0 or step == max_steps - 1:
+        last, validated = step == max_steps - 1, step % eval_interval == 0
+        if step % log_interval == 0 or validated or last:
             record |= {'learning_rate': learning_rate, 'seconds': round(time.time() - start, 3), 'tokens': seen}
             line = ('step {step:4d} | loss {loss:8.4f} | retain {retain_loss:7.4f} x {retain_coeff:5.2f} cos {retain_cos:6.3f} | '
                     'cb {cb_loss:6.4f} x {cb_coeff:5.2f} cos {cb_cos:6.3f} | grad {grad_norm:8.2e} | {seconds:6.1f} s').format(**record)
-            if val_rows and (step % eval_interval == 0 or step == max_steps - 1):
+            if val_rows and (validated or last):
                 record |= validate(model, val_sets, loras, target_layers, batch_size, device)
                 line += ' | val retain {val_retain_loss:.4f} cos {val_retain_cos:.3f} cb {val_cb_loss:.4f} cos {val_cb_cos:.3f}'.format(**record)
             tqdm.write(line)
-            print(json.dumps(record), file=log, flush=True)
-    log.close()
+            with open(os.path.join(partial, 'log.jsonl'), 'a', encoding='utf-8') as f:
+                f.write(json.dumps(record) + '\n')
 
-    # save: adapter, merged model, options; then reload the merged model and compare its states with the adapted ones
+    # save: adapter, model card, options, merged model; then reload it and compare its states with the adapted ones
     for lora in loras:
         lora.eval()
-    with torch.no_grad():
-        adapted = [h_lora for _, _, h_lora in streams(model, probe, loras, len(model.layers))]
     save_adapter(os.path.join(partial, 'adapter'), named_loras, model_name, lora_r, lora_alpha, lora_dropout)
-    merge(model_dir, partial, {name: lora.delta() for name, lora in named_loras.items()})
     write_json(os.path.join(partial, 'cb_config.json'), {**config, 'versions': versions()})
-    blocks, model_dtype = len(model.layers), model.dtype
-    del model, loras, named_loras, parameters, optimizer
-    merged = load_decoder(partial, blocks, dtype, device)
-    with torch.no_grad():
-        reloaded = merged(input_ids=probe, output_hidden_states=True, use_cache=False).hidden_states[1:]
-    off = max(distance(a, b, probe_mask).item() / distance(0 * a, a, probe_mask).item() for a, b in zip(adapted, reloaded))
-    if not off <= (1e-3 if model_dtype == torch.float32 else 5e-2):
-        sys.exit(f'{partial}: the merged model, reloaded, is {off:.1e} away from the adapted one; it was not moved to {output_dir}')
+    with open(os.path.join(partial, 'README.md'), 'w', encoding='utf-8') as f:
+        f.write(model_card(config, {name: len(rows) for name, rows in sets.items()}, record))
+    done = f'{output_dir}: the adapter, in PEFT\'s format, in {os.path.join(output_dir, "adapter")}'
+    if merge_adapter:
+        with torch.no_grad():
+            adapted = [h_lora for _, _, h_lora in streams(model, probe, loras, len(model.layers))]
+        merge(model_dir, partial, ((name, lora.delta()) for name, lora in named_loras.items()))
+        if chat_template:
+            shutil.copyfile(chat_template, os.path.join(partial, 'chat_template.jinja'))
+        blocks, model_dtype = len(model.layers), model.dtype
+        del model, loras, named_loras, parameters, optimizer
+        merged = load_decoder(partial, blocks, dtype, device)
+        with torch.no_grad():
+            off = farthest(adapted, merged(input_ids=probe, output_hidden_states=True, use_cache=False).hidden_states[1:])
+        if not off <= (1e-3 if model_dtype == torch.float32 else 5e-2):
+            sys.exit(f'{partial}: the merged model, reloaded, is {off:.1e} away from the adapted one; it was not moved to {output_dir}')
+        done = f'{output_dir}: merged, reloaded, and equal to the adapted model within {off:.1e} (relative)'
     if os.path.exists(output_dir):
         os.rename(output_dir, output_dir + '.old')
     os.rename(partial, output_dir)
     shutil.rmtree(output_dir + '.old', ignore_errors=True)
-    print(f'{output_dir}: merged, reloaded, and equal to the adapted model within {off:.1e} (relative)')
+    print(done)

@@ -11,13 +11,17 @@ sys.path.insert(0, ROOT)
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 WORDS = 'red green blue one two three please tell me about apples pears plums yes no'.split()
 
 
-def make_model_dir(path, dtype=torch.float32, shard='30KB'):
-    """A 4-block Llama in several shards with a tokenizer and a chat template: an ordinary model directory."""
+SHAPE = dict(vocab_size=6 + len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+             bos_token_id=2, eos_token_id=3, pad_token_id=0, initializer_range=0.2)
+
+
+def make_model_dir(path, dtype=torch.float32, shard='30KB', config=None):
+    """A tiny random model (a 4-block Llama, or what `config` says) in several shards, with a tokenizer and a chat template."""
     special = ['<pad>', '<unk>', '<bos>', '<end>', '<user>', '<assistant>']
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token='<unk>'))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -27,9 +31,7 @@ def make_model_dir(path, dtype=torch.float32, shard='30KB'):
         chat_template="{{ bos_token }}{% for m in messages %}{{ ' <' + m.role + '> ' + m.content + ' <end>' }}{% endfor %}"
                       "{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        bos_token_id=2, eos_token_id=3, pad_token_id=0, initializer_range=0.2))
+    model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SHAPE))
     model.to(dtype).save_pretrained(path, max_shard_size=shard)
     tokenizer.save_pretrained(path)
     return str(path)

@@ -5,11 +5,14 @@ import sys
 
 import pytest
 import torch
-from conftest import make_model_dir
+import transformers
+from conftest import SHAPE, make_model_dir
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import cb_train
 
+ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 TINY = ['--target_layers=2', '--num_hidden_layers=3', '--layers_to_transform=0,1,2', '--lora_r=4', '--lora_alpha=8', '--max_steps=4',
         '--batch_size=3', '--learning_rate=0.01', '--log_interval=1', '--eval_interval=2', '--device=cpu', '--dtype=auto']
 
@@ -24,11 +27,11 @@ def arguments(model_dir, rows, tmp_path):
 def adapted(model_dir):
     """Three blocks of the tiny model with a LoRA whose B is not zero, and a ragged batch: model, {name: LoRA}, ids, mask."""
     model = cb_train.load_decoder(model_dir, 3, 'float32', 'cpu')
-    loras = cb_train.add_lora(model, ['q_proj', 'k_proj', 'v_proj', 'o_proj'], [0, 1, 2], 4, 8, 0.0)
+    loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 8, 0.0)
     torch.manual_seed(1)
     for lora in loras.values():
         torch.nn.init.normal_(lora.lora_B, std=0.2)
-    ids, mask = cb_train.collate([[2, 4, 7, 8, 9, 3], [2, 4, 11, 3], [2, 12]], 'cpu')
+    ids, mask = cb_train.collate([cb_train.Row(row, 0) for row in ([2, 4, 7, 8, 9, 3], [2, 4, 11, 3], [2, 12])], 'cpu')
     return model, loras, ids, mask
 
 
@@ -50,7 +53,7 @@ def test_one_steps_losses_and_gradients_equal_those_of_peft(adapted, model_dir):
     retain, cb, gradients = losses_and_gradients(model, loras, ids, mask)
     config, _ = cb_train.truncated_config(model_dir, 3)
     twin = get_peft_model(AutoModel.from_pretrained(model_dir, config=config), LoraConfig(
-        r=4, lora_alpha=8, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], lora_dropout=0.0))
+        r=4, lora_alpha=8, target_modules=ATTENTION, lora_dropout=0.0))
     named = dict(twin.named_parameters())
     theirs = [named[f'base_model.model.{name}.{part}.default.weight'] for name in loras for part in ('lora_A', 'lora_B')]
     for p, lora_p in zip(theirs, [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]):
@@ -154,6 +157,173 @@ print((merged - twin).abs().max().item(), (merged - before).abs().max().item())
     assert len(open(out / 'log.jsonl').readlines()) == 1
 
 
+def peft_adapter(path, model_dir, modules, dropout=0.0, layers=(0, 1, 2)):
+    """An adapter with a B that is not zero, written by peft itself. Returns its folder."""
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), LoraConfig(
+        r=4, lora_alpha=8, target_modules=modules, lora_dropout=dropout, layers_to_transform=list(layers), layers_pattern='layers', task_type='CAUSAL_LM'))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if 'lora_B' in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def tensors_of(folder):
+    return {k: v for name in cb_train.shards(str(folder)) for k, v in load_file(f'{folder}/{name}').items()}
+
+
+MOE = dict(num_experts_per_tok=2, moe_intermediate_size=24)
+FAMILIES = {  # name: (config, dtype, target modules)
+    'llama2': (lambda: LlamaConfig(**SHAPE | dict(num_key_value_heads=4)), torch.float32, ATTENTION),
+    'llama3 tied': (lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters={
+        'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+        'original_max_position_embeddings': 64}), torch.bfloat16, ATTENTION),
+    'mistral': (lambda: transformers.MistralConfig(**SHAPE, sliding_window=None), torch.bfloat16, ATTENTION),
+    'mistral sliding': (lambda: transformers.MistralConfig(**SHAPE, sliding_window=4), torch.float32, ATTENTION),
+    'qwen2 sliding': (lambda: transformers.Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=2), torch.float32, ATTENTION),
+    'qwen2.5 tied': (lambda: transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True), torch.bfloat16, ATTENTION),
+    'qwen3 tied': (lambda: transformers.Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True), torch.float32, ATTENTION),
+    'gemma2 tied': (lambda: transformers.Gemma2Config(**SHAPE, head_dim=8, sliding_window=4), torch.float32, ATTENTION),
+    'gemma3 tied': (lambda: transformers.Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=4, layer_types=[
+        'sliding_attention', 'full_attention'] * 2), torch.bfloat16, ATTENTION),
+    'olmo2': (lambda: transformers.Olmo2Config(**SHAPE), torch.float32, ATTENTION),
+    'smollm3 tied': (lambda: transformers.SmolLM3Config(**SHAPE, no_rope_layers=[1, 0, 1, 0], tie_word_embeddings=True), torch.float32, ATTENTION),
+    'granite': (lambda: transformers.GraniteConfig(**SHAPE, embedding_multiplier=2.0, residual_multiplier=0.5), torch.float32, ATTENTION),
+    'mixtral': (lambda: transformers.MixtralConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1), torch.float32, ATTENTION),
+    'qwen3 moe': (lambda: transformers.Qwen3MoeConfig(**SHAPE, head_dim=8, num_experts=4, **MOE), torch.float32, ATTENTION),
+    'phi3 fused': (lambda: transformers.Phi3Config(**SHAPE), torch.bfloat16, ['qkv_proj', 'o_proj']),
+    'llama seven modules': (lambda: LlamaConfig(**SHAPE), torch.float32, ATTENTION + ['gate_proj', 'up_proj', 'down_proj'])}
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_family_walks_as_transformers_does_learns_and_merges_as_peft_does(run, arguments, tmp_path, family):
+    from peft import PeftModel
+    make, dtype, modules = FAMILIES[family]
+    base = make_model_dir(tmp_path / 'base', dtype, '20KB', make())
+    assert len(cb_train.shards(base)) >= 2
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    model = cb_train.load_decoder(base, 3, 'auto', 'cpu')
+    loras = cb_train.add_lora(model, modules, [0, 1, 2], 4, 8, 0.0)
+    ids = torch.tensor([[2, 4, 7, 8, 9, 3, 5, 10, 11, 12, 13, 3]])
+    with torch.no_grad():
+        want = whole(ids, output_hidden_states=True, use_cache=False).hidden_states
+        for (l, h, _), other in zip(cb_train.streams(model, ids, loras.values(), 2), want[1:]):
+            assert torch.equal(h, other)
+
+    start = peft_adapter(tmp_path / 'start', base, modules)
+    status, _, err = run('cb_train.py', *arguments, f'--model_name={base}', f'--init_from={start}', f'--target_modules={",".join(modules)}',
+                         '--lora_dropout=0', '--use_dynamic_scheduling=False', '--batch_size=10', '--num_cb_examples=10', '--max_steps=3')
+    assert status == 0, err
+    losses = [json.loads(line)['loss'] for line in open(tmp_path / 'out' / 'log.jsonl')]
+    assert losses[2] < losses[0]
+    twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / 'out' / 'adapter').eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / 'out', dtype=torch.float32).eval()
+    with torch.no_grad():
+        a, b = merged(ids).logits, twin(ids).logits
+    assert (a - b).abs().max() <= (1e-4 if dtype == torch.float32 else 0.05 * b.abs().max())
+    before, after = tensors_of(base), tensors_of(tmp_path / 'out')
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and len(changed) == 3 * len(modules)
+    assert all(name.split('.')[-2] in modules and int(name.split('.layers.')[1][0]) < 3 for name in changed)
+    plain = twin.merge_and_unload().state_dict()
+    assert all(close(after[name].float(), plain[name].to(dtype).float(), 1e-5 if dtype == torch.float32 else 1e-3) for name in changed)
+
+
+@pytest.mark.parametrize('kind, words', [
+    ('gpt2', ['GPT2Model', 'another way']), ('bert', ['BertModel']), ('t5', ['no causal language model']), ('quantised', ['quantised']),
+    ('gemma3', ['multimodal'])])
+def test_a_model_that_cannot_work_is_one_line_that_says_why(run, arguments, tmp_path, kind, words):
+    config = {'gpt2': lambda: transformers.GPT2Config(n_layer=4, n_embd=32, n_head=4), 'bert': lambda: transformers.BertConfig(num_hidden_layers=4),
+              't5': transformers.T5Config, 'quantised': lambda: LlamaConfig(**SHAPE), 'gemma3': transformers.Gemma3Config}[kind]()
+    config.save_pretrained(tmp_path / 'model')
+    if kind == 'quantised':
+        path = tmp_path / 'model' / 'config.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), 'quantization_config': {'quant_method': 'gptq', 'bits': 4}}))
+    status, _, err = run('cb_train.py', *arguments, f'--model_name={tmp_path / "model"}')
+    assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
+
+
+def published_losses(model_dir, adapter, retain, harmful, divisor, blocks=3, target=2, positions=512):
+    """The equations of the paper by peft and transformers alone, on lists of id lists: (retain_loss, cb_loss)."""
+    from peft import PeftModel
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), adapter).eval()
+    sums = torch.zeros(3)
+    for kind, rows in ((0, retain), (1, harmful)):
+        for row in rows:  # one at a time: no padding at all
+            inputs = dict(input_ids=torch.tensor([row]), output_hidden_states=True, use_cache=False)
+            with torch.no_grad():
+                h_lora = list(whole(**inputs).hidden_states[:blocks + 1])
+                with whole.disable_adapter():
+                    h = list(whole(**inputs).hidden_states[:blocks + 1])
+                norm = whole.get_base_model().model.norm  # a model cut after its third block ends with the norm
+                h[blocks], h_lora[blocks] = norm(h[blocks]), norm(h_lora[blocks])
+            if kind == 0:
+                sums[0] += sum((b - a).norm(dim=-1).sum() for a, b in zip(h, h_lora))  # the embedding's distance is zero
+            else:
+                sums[1] += torch.cosine_similarity(h_lora[target], h[target], dim=-1).relu().sum()
+                sums[2] += len(row)
+    real = sum(map(len, retain))
+    return (sums[0] / (blocks * real if divisor == 'real' else (blocks + 1) * len(retain) * positions)).item(), (sums[1] / sums[2]).item()
+
+
+@pytest.mark.parametrize('divisor', ['real', 'published'])
+@pytest.mark.parametrize('accumulation', [1, 4])
+def test_the_first_steps_losses_are_those_of_peft_and_transformers(run, arguments, model_dir, rows, tmp_path, divisor, accumulation):
+    start = peft_adapter(tmp_path / 'start', model_dir, ATTENTION)
+    few = {kind: [json.loads(line) for line in open(rows[kind])] if kind == 'retain' else json.load(open(rows[kind])) for kind in ('retain', 'cb')}
+    (tmp_path / 'retain8.jsonl').write_text('\n'.join(map(json.dumps, few['retain'][:8])))
+    (tmp_path / 'cb8.json').write_text(json.dumps(few['cb'][:8]))
+    status, _, err = run('cb_train.py', *arguments, f'--init_from={start}', f'--retain_data_path={tmp_path / "retain8.jsonl"}',
+                         f'--cb_data_path={tmp_path / "cb8.json"}', f'--batch_size={8 // accumulation}', f'--retain_divisor={divisor}',
+                         f'--gradient_accumulation_steps={accumulation}', '--lora_dropout=0', '--max_steps=1')
+    assert status == 0, err
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    sets = [[tokenizer.apply_chat_template(r.get('messages') or [{'role': 'user', 'content': r['prompt']}, {'role': 'assistant', 'content': r['response']}],
+                                           return_dict=False) for r in few[kind][:8]] for kind in ('retain', 'cb')]
+    assert len(set(map(len, sets[0]))) > 1
+    record = json.loads(open(tmp_path / 'out' / 'log.jsonl').readline())
+    assert (record['retain_loss'], record['cb_loss']) == pytest.approx(published_losses(model_dir, start, *sets, divisor), rel=1e-5)
+    assert record['retain_loss'] > 0 and record['cb_loss'] < 0.999
+
+
+def test_an_adapter_of_ours_or_pefts_is_merged_alone_and_one_that_does_not_fit_is_refused(run, arguments, model_dir, tmp_path):
+    from peft import PeftModel
+    start = peft_adapter(tmp_path / 'start', model_dir, ATTENTION)
+    assert run('cb_train.py', *arguments, f'--init_from={start}', '--merge_only=True', '--cb_data_path=none')[0] == 0
+    twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), start).merge_and_unload().state_dict()
+    assert all(torch.allclose(tensor, twin[name], atol=1e-6) for name, tensor in tensors_of(tmp_path / 'out').items())
+    assert 'merged the adapter' in (tmp_path / 'out' / 'README.md').read_text()
+    assert run('cb_train.py', *arguments, f'--init_from={tmp_path / "out" / "adapter"}', f'--output_dir={tmp_path / "again"}', '--merge_only=True')[0] == 0
+    assert all(torch.equal(tensor, tensors_of(tmp_path / 'again')[name]) for name, tensor in tensors_of(tmp_path / 'out').items())
+    for more, word in ((['--lora_r=8'], 'r=4'), (['--lora_alpha=4'], 'lora_alpha=8'), (['--target_modules=q_proj'], 'target_modules'),
+                       (['--layers_to_transform=0,1'], 'layers_to_transform'), ([f'--init_from={tmp_path}'], 'adapter_config.json'),
+                       (['--merge_adapter=False', '--merge_only=True'], 'merge_only')):
+        status, _, err = run('cb_train.py', *arguments, f'--init_from={start}', f'--output_dir={tmp_path / "no"}', *more)
+        assert status == 2 and err.count('\n') == 1 and word in err and not (tmp_path / 'no').exists(), err
+
+
+def test_the_adapter_can_be_saved_alone_and_the_card_names_recipe_and_counts(run, arguments, tmp_path):
+    assert run('cb_train.py', *arguments, '--merge_adapter=False')[0] == 0
+    assert sorted(os.listdir(tmp_path / 'out')) == ['README.md', 'adapter', 'cb_config.json', 'log.jsonl']
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert card.startswith('---\n') and '10 retain rows, 12 harmful rows' in card and '| target_layers | [2] |' in card and '## Evaluation' in card
+
+
+def test_response_masks_and_lengths_count_the_last_answers_tokens(model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    words = lambda row, start=0: tokenizer.convert_ids_to_tokens(row.ids[start:])
+    talk = [{'role': r, 'content': c} for r, c in (('user', 'red'), ('assistant', 'blue'), ('user', 'one two'), ('assistant', 'yes no'))]
+    row = cb_train.encode(tokenizer, talk, 512, 'response')
+    assert words(row, row.start) == ['yes', 'no', '<end>'] and words(row)[:3] == ['<bos>', '<user>', 'red'] and cb_train.count([row]) == 3
+    ids, mask = cb_train.collate([row, cb_train.Row([2, 4, 3], 0)], 'cpu')
+    assert mask[0].tolist() == [0] * row.start + [1] * 3 and mask[1].tolist() == [1, 1, 1] + [0] * (len(row.ids) - 3)
+    cut = cb_train.encode(tokenizer, talk, 512, 'all', (4, 2))
+    assert words(cut) == ['<bos>', '<user>', 'red', '<end>', 'yes', 'no'] and cut.start == 0
+    assert cb_train.encode(tokenizer, talk, 8, 'response') is None and len(cb_train.encode(tokenizer, talk, 8).ids) == 8
+
+
 def test_accumulation_and_the_seed_decide_the_run_and_nothing_else_does(run, arguments, tmp_path):
     logs = []
     for name, more in (('a', ['--batch_size=4']), ('b', ['--batch_size=2', '--gradient_accumulation_steps=2']), ('c', ['--batch_size=4']),
@@ -167,9 +337,8 @@ def test_accumulation_and_the_seed_decide_the_run_and_nothing_else_does(run, arg
 def test_a_bfloat16_checkpoint_is_merged_in_float32_and_cast_once(tmp_path):
     source = make_model_dir(tmp_path / 'bf16', torch.bfloat16)
     delta = torch.randn(32, 32, generator=torch.Generator().manual_seed(2)) * 1e-2
-    cb_train.merge(source, tmp_path / 'merged', {'layers.1.self_attn.q_proj': delta})
-    load = lambda folder: {k: v for name in cb_train.shards(str(folder)) for k, v in load_file(f'{folder}/{name}').items()}
-    before, after, key = load(source), load(tmp_path / 'merged'), 'model.layers.1.self_attn.q_proj.weight'
+    cb_train.merge(source, tmp_path / 'merged', [('layers.1.self_attn.q_proj', delta)])
+    before, after, key = tensors_of(source), tensors_of(tmp_path / 'merged'), 'model.layers.1.self_attn.q_proj.weight'
     assert torch.equal(after.pop(key), (before.pop(key).float() + delta).bfloat16())
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
