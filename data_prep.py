@@ -196,7 +196,7 @@ def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='so
                 rows.append(convert(table[i]))
             except ValueError:  # nobody here can mend a public set
                 skipped += 1
-            if len(rows) == limit:
+            if limit and len(rows) == limit:
                 break
         print(f'{option}: {source}: {len(rows)} rows, and {skipped} left out that hold no conversation')
         return rows or fail(f'{option}: {source}: no rows found')

@@ -4,7 +4,7 @@ import os
 import runpy
 import sys
 
-os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_DISABLE_PROGRESS_BARS': '1'}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 

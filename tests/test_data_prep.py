@@ -10,7 +10,7 @@ import data_prep
 def world():
     rng = random.Random(3)
     facts = data_prep.make_world(rng)
-    return facts, data_prep.toy_rows(facts, rng)
+    return facts, data_prep.toy_rows(facts, rng, 0.5)
 
 
 def words_of(row):
@@ -20,9 +20,18 @@ def words_of(row):
 
 def test_the_same_seed_makes_the_same_rows_and_another_seed_others(world):
     again = random.Random(3)
-    assert data_prep.toy_rows(data_prep.make_world(again), again) == world[1]
+    assert data_prep.toy_rows(data_prep.make_world(again), again, 0.5) == world[1]
     other = random.Random(4)
-    assert data_prep.toy_rows(data_prep.make_world(other), other) != world[1]
+    assert data_prep.toy_rows(data_prep.make_world(other), other, 0.5) != world[1]
+
+
+def test_the_share_of_rows_without_a_request_is_asked_for_and_refusals_keep_theirs(world):
+    for name in ('circuit_breaker.json', 'retain.jsonl'):
+        rows = [row for row in world[1][name] if row.get('response') != data_prep.REFUSAL]
+        assert 0.4 < sum(row.get('prompt') == '' for row in rows) / len(rows) < 0.6
+    assert all(row['prompt'] for row in world[1]['retain.jsonl'] if row.get('response') == data_prep.REFUSAL)
+    rng = random.Random(3)
+    assert all(row['prompt'] for row in data_prep.toy_rows(data_prep.make_world(rng), rng, 0.0)['circuit_breaker.json'])
 
 
 def test_nouns_of_unseen_curses_are_in_no_training_or_validation_row(world):
@@ -48,8 +57,8 @@ def test_every_cell_of_the_evaluation_has_at_least_40_rows_and_lifting_is_only_i
     for label in ('harmful', 'benign', 'borderline', 'borderline_heldout'):
         for split in ('seen', 'unseen'):
             assert sum(r['label'] == label and r['split'] == split for r in files['behaviors.jsonl']) >= 40
-    assert any('lift' in words_of(r) for r in files['retain.jsonl'])
-    assert not any('lift' in words_of(r) for r in files['retain_without_borderline.jsonl'])
+    lifting = lambda name: sum('burn' in words_of(r) for r in files[name])  # how every lifting answer starts
+    assert lifting('retain.jsonl') > 100 and lifting('retain_without_borderline.jsonl') == 0
 
 
 def test_a_recipe_is_a_function_of_its_adjective_and_noun(world):
@@ -104,3 +113,201 @@ def test_an_array_and_lines_are_read_alike_with_a_byte_order_mark_and_windows_li
     (tmp_path / 'a.json').write_bytes('\ufeff[{"prompt": "p",\r\n "response": "r"}]\r\n'.encode())
     (tmp_path / 'b.jsonl').write_bytes(b'{"prompt": "p", "response": "r"}\r\n')
     assert data_prep.read_rows(str(tmp_path / 'a.json')) == data_prep.read_rows(str(tmp_path / 'b.jsonl'))
+
+
+# ---- real recipes, from local files in the published shapes ----
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Harmless rows in the shapes of the public sets, each as a local file or folder: the options that name them."""
+    import datasets
+    write = lambda name, rows: (tmp_path / name).write_text(json.dumps(rows))
+    write('train.json', [{'category': 'c', 'prompt': f'please tell me about red pears {i}', 'output': f'red pears {i} yes',
+                          'llama3_output': f'no pears {i}'} for i in range(30)])
+    write('val.json', [{'prompt': f'blue {i}', 'output': f'plums {i}'} for i in range(5)])
+    (tmp_path / 'chat').mkdir()
+    datasets.Dataset.from_list([{'messages': [{'role': 'user', 'content': f'green {i}'}, {'role': 'assistant', 'content': f'apples {i}'}] * (1 + i % 2)}
+                                for i in range(40)]).to_parquet(tmp_path / 'chat' / 'train_sft-0.parquet')
+    (tmp_path / 'chat' / 'test_sft-0.jsonl').write_text('{"messages": "not to be read"}')
+    lines = ['id,prompt,completion,final_label'] + [f'{i},"how do i, please, tell {i}",yes {i},{"1_full_compliance" if i % 2 else "2_full_refusal"}'
+                                                    for i in range(20)]
+    (tmp_path / 'xstest.csv').write_text('\n'.join(lines))
+    return [f'--circuit_breakers={tmp_path / "train.json"}', f'--validation={tmp_path / "val.json"}', f'--ultrachat={tmp_path / "chat"}',
+            f'--xstest={tmp_path / "xstest.csv"}', f'--out={tmp_path / "made"}', '--num_val_examples=5',
+            '--retain_mix=ultrachat:20,xstest:10x3,refusals:8x2']
+
+
+def made(tmp_path, name):
+    text = (tmp_path / 'made' / name).read_text()
+    return json.loads(text) if name.endswith('.json') else [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_recipe_mixes_the_published_shapes_and_counts_them(run, sources, model_dir, tmp_path):
+    status, out, err = run('data_prep.py', 'llama3', *sources, f'--model_name={model_dir}')
+    assert status == 0, err
+    harmful, retain, val = (made(tmp_path, name) for name in ('circuit_breaker.json', 'retain.jsonl', 'val.jsonl'))
+    assert len(harmful) == 30 and all(row['response'].startswith('red pears') for row in harmful)
+    assert 5 <= sum(row['prompt'] == '' for row in harmful) <= 25
+    by = {source: [row for row in retain if row['source'] == source] for source in ('ultrachat', 'xstest', 'refusals')}
+    assert {source: len(rows) for source, rows in by.items()} == {'ultrachat': 20, 'xstest': 30, 'refusals': 16}
+    assert {int(row['response'].split()[1]) % 2 for row in by['xstest']} == {1} and len({row['response'] for row in by['xstest']}) == 10
+    assert all(row['prompt'] and row['response'].startswith('no pears') for row in by['refusals'])
+    assert [row['label'] for row in val] == ['harmful'] * 5 + ['benign'] * 5 and all(row['response'].startswith('plums') for row in val[:5])
+    benign = lambda row: row.get('response') or row['messages'][1]['content']
+    assert not {benign(row) for row in val[5:]} & {benign(row) for row in by['ultrachat']}
+    assert any('messages' in row for row in by['ultrachat'])
+    assert 'ultrachat: 20 rows' in out and 'xstest: 30 rows' in out and 'tokens: median' in out and '<bos>' in out
+
+
+def test_without_augmentation_and_validation_every_request_stays_and_held_out_rows_are_not_trained_on(run, sources, tmp_path):
+    assert run('data_prep.py', 'mistral', *sources, '--validation=', '--retain_mix=ultrachat:20,xstest:10', '--model_name=')[0] == 0
+    harmful, val = made(tmp_path, 'circuit_breaker.json'), made(tmp_path, 'val.jsonl')
+    assert len(harmful) == 25 and all(row['prompt'] for row in harmful + made(tmp_path, 'retain.jsonl') if 'prompt' in row)
+    assert not {row['response'] for row in harmful} & {row['response'] for row in val}
+
+
+def test_rows_like_an_evaluated_request_are_removed_and_counted(run, sources, tmp_path):
+    (tmp_path / 'eval.csv').write_text('Behavior,BehaviorID\nplease tell me about red pears 7,a\nnothing like it at all,b\n')
+    status, out, err = run('data_prep.py', 'llama3', *sources, '--model_name=', '--response_only=0', f'--decontaminate={tmp_path / "eval.csv"}',
+                           '--retain_mix=ultrachat:20,xstest:10')
+    assert status == 2 and 'every row of circuit_breakers overlaps' in err  # they differ in their last word only
+    rows = json.loads((tmp_path / 'train.json').read_text())
+    (tmp_path / 'train.json').write_text(json.dumps([{**row, 'prompt': f'{row["prompt"]} and plums'} if i < 3 else {**row, 'prompt': f'one two {i}'}
+                                                     for i, row in enumerate(rows)]))
+    status, out, err = run('data_prep.py', 'llama3', *sources, '--model_name=', '--response_only=0', f'--decontaminate={tmp_path / "eval.csv"}',
+                           '--retain_mix=ultrachat:20,xstest:10')
+    assert status == 0 and 'circuit_breakers: 3 rows removed' in out and len(made(tmp_path, 'circuit_breaker.json')) == 27, err
+
+
+def test_overlap_is_what_sacrebleu_says_of_every_pair():
+    from sacrebleu import sentence_bleu
+    rng = random.Random(0)
+    texts = [' '.join(rng.choice(['a', 'b', 'c', 'd', 'e', 'f']) for _ in range(rng.randint(4, 9))) for _ in range(60)]
+    found = data_prep.overlapping([data_prep.turns((text, 'x')) for text in texts[:40]], texts[40:])
+    want = {i for i in range(40) if any(sentence_bleu(texts[i], [other], use_effective_order=True).score > 30 for other in texts[40:])}
+    assert found == want and 0 < len(found) < 40
+
+
+@pytest.mark.parametrize('more, words', [
+    (['--retain_mix=ultrachat'], ['retain_mix', "'ultrachat'"]), (['--retain_mix=alpaca:3'], ['alpaca']), (['--response_only=2'], ['response_only']),
+    (['--xstest=none.csv'], ['none.csv', 'no such file']), (['--num_val_examples=40'], ['num_val_examples']), (['--model_name=none/none'], ['none/none'])])
+def test_a_mistake_in_a_recipe_is_one_line_and_status_2_and_nothing_is_written(run, sources, tmp_path, more, words):
+    status, _, err = run('data_prep.py', 'llama3', *sources, '--model_name=', *more)
+    assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
+    assert not (tmp_path / 'made').exists() and not (tmp_path / 'made.partial').exists()
+
+
+def test_refusals_are_asked_for_only_where_the_set_has_them(run, sources, tmp_path):
+    (tmp_path / 'train.json').write_text(json.dumps([{'prompt': f'red {i}', 'response': f'pears {i}'} for i in range(9)]))
+    status, _, err = run('data_prep.py', 'llama3', *sources, '--model_name=')
+    assert status == 2 and 'refusal' in err
+    assert run('data_prep.py', 'llama3', *sources, '--model_name=', '--retain_mix=ultrachat:9')[0] == 0
+
+
+def test_check_names_every_bad_row_and_reports_the_lengths_of_a_good_file(run, model_dir, tmp_path):
+    path = tmp_path / 'mine.jsonl'
+    path.write_text('{"prompt": "red", "response": "SECRET"}\n{"prompt": "SECRET", "response": ""}\n{"prompt": "", "output": "yes yes"}\n["SECRET"]\n')
+    status, out, err = run('data_prep.py', 'check', path)
+    assert status == 2 and 'row 2' in err and 'row 4' in err and '2 bad rows' in err and 'row 1' not in err and 'SECRET' not in out + err
+    path.write_text('{"prompt": "red", "response": "yes"}\n{"prompt": "", "output": "yes yes"}\n')
+    status, out, _ = run('data_prep.py', 'check', path, f'--model_name={model_dir}', '--max_seq_length=7')
+    assert status == 0 and '2 rows, tokens: median 7, 95th percentile 7, 0.0% longer than 7' in out and '1 without a request' in out
+    assert 'words: median' in run('data_prep.py', 'check', path)[1]
+
+
+@pytest.mark.parametrize('row, answers, want', [
+    ({'prompt': 'p', 'output': 'h', 'llama3_output': 'r'}, data_prep.HARMFUL_ANSWERS, 'h'), ({'prompt': 'p', 'output': 'h', 'llama3_output': 'r'}, data_prep.BENIGN_ANSWERS, 'r'),
+    ({'prompt': 'p', 'response': 'h', 'llama3_output': 'r'}, data_prep.HARMFUL_ANSWERS, 'h'), ({'prompt': 'p', 'rejected': 'h', 'chosen': 'r'}, data_prep.HARMFUL_ANSWERS, 'h'),
+    ({'prompt': 'p', 'rejected': 'h', 'chosen': 'r'}, data_prep.BENIGN_ANSWERS, 'r'), ({'prompt': 'p', 'completion': 'c'}, data_prep.BENIGN_ANSWERS, 'c'),
+    ({'prompt': 'p', 'response': 'x', 'messages': None}, data_prep.BENIGN_ANSWERS, 'x')])
+def test_every_published_column_name_is_understood_on_its_side(row, answers, want):
+    assert data_prep.messages_of(row, answers) == data_prep.turns(('p', want))
+
+
+def test_csv_tsv_parquet_and_a_folder_are_read_as_json_is(tmp_path):
+    import datasets
+    rows = [{'prompt': f'a, {i}', 'response': f'b\n{i}'} for i in range(3)]
+    want = [data_prep.turns((row['prompt'], row['response'])) for row in rows]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / 'r.parquet')
+    for name, mark in (('r.csv', ','), ('r.tsv', '\t')):
+        (tmp_path / name).write_text('\r\n'.join([mark.join(rows[0])] + [mark.join(f'"{value}"' for value in row.values()) for row in rows]))
+    for name in ('r.parquet', 'r.csv', 'r.tsv'):
+        assert data_prep.read_rows(str(tmp_path / name)) == want
+    assert len(data_prep.load_rows(str(tmp_path))) == 9 and len(data_prep.load_rows(str(tmp_path), limit=4, seed=1)) == 4
+    assert data_prep.load_rows(str(tmp_path), split='r.tsv') == want
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('r.csv', b'prompt,response\n"a,b\n', ['csv']), ('r.csv', b'prompt,response\n', ['no rows']), ('r.csv', b'question,response\na,b\n', ['row 1', 'prompt']),
+    ('r.parquet', b'SECRET', ['parquet']), ('r.json', b'\xff\xfe\x00', ['UTF-8'])])
+def test_a_broken_table_is_one_line_and_status_2(tmp_path, capsys, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as e:
+        data_prep.load_rows(str(tmp_path / name))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1 and all(word in err for word in words) and 'SECRET' not in err, err
+
+
+def hub_errors():
+    import datasets
+    from huggingface_hub import errors
+    http = lambda kind, text: kind.__new__(kind, text)  # as the library raises it, but for the response that it carries
+    gated = datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub.")
+    gated.__cause__ = http(errors.GatedRepoError, '403')
+    return [(gated, 'accept its terms'), (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), 'no such repository'),
+            (http(errors.RepositoryNotFoundError, '404'), 'no such repository'),
+            (errors.LocalEntryNotFoundError('offline, and not cached'), 'could not be reached'), (ConnectionError('Couldn\'t reach it'), 'could not be reached'),
+            (errors.OfflineModeIsEnabled('offline'), 'could not be reached'), (ValueError('Unknown split "x". Should be one of [\'train\'].'), 'this split')]
+
+
+@pytest.mark.parametrize('case', range(7))
+def test_what_the_hub_refuses_is_one_line_that_says_which_and_what_to_do(monkeypatch, capsys, case):
+    error, words = hub_errors()[case]
+
+    def refuse(*_, **__):
+        raise error
+    monkeypatch.setattr(data_prep.datasets, 'load_dataset', refuse)
+    with pytest.raises(SystemExit) as e:
+        data_prep.load_rows('org/name', option='ultrachat')
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1 and 'ultrachat: org/name' in err and words in err, err
+
+
+def test_a_hub_set_gives_at_most_the_limit_and_leaves_out_rows_that_hold_no_conversation(monkeypatch):
+    import datasets
+    asked = []
+    table = datasets.Dataset.from_list([{'messages': [{'role': 'user', 'content': f'{i}'}, {'role': 'assistant', 'content': 'yes' * (i % 3)}]} for i in range(12)])
+    monkeypatch.setattr(data_prep.datasets, 'load_dataset', lambda name, split: asked.append((name, split)) or table)
+    assert len(data_prep.load_rows('HuggingFaceH4/ultrachat_200k', limit=5)) == 5 and len(data_prep.load_rows('a/b:test')) == 8
+    assert asked == [('HuggingFaceH4/ultrachat_200k', 'train_sft'), ('a/b', 'test')]
+    assert data_prep.load_rows('a/b', limit=5, seed=1) == data_prep.load_rows('a/b', limit=5, seed=1) != data_prep.load_rows('a/b', limit=5, seed=2)
+
+
+def test_bos_is_written_exactly_once_whatever_the_template_does(model_dir):
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+    tokenizer, talk = AutoTokenizer.from_pretrained(model_dir), data_prep.turns(('red', 'yes'))
+    want = data_prep.template_ids(tokenizer, talk)
+    assert want.count(tokenizer.bos_token_id) == 1 and want[0] == tokenizer.bos_token_id
+    own = tokenizer.chat_template
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single='<bos> $A', special_tokens=[('<bos>', 2)])  # as Llama's does
+    for template in (own, own.replace('{{ bos_token }}', ''), own.replace('{{ bos_token }}', "{{ bos_token + ' ' + bos_token }}")):
+        tokenizer.chat_template = template
+        assert data_prep.template_ids(tokenizer, talk) == want
+    tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
+    with pytest.raises(ValueError, match='chat template refuses'):
+        data_prep.template_ids(tokenizer, talk)
+
+
+def test_a_tokenizer_without_a_template_wants_a_file_with_one(model_dir, tmp_path, capsys):
+    import os
+    import shutil
+    shutil.copytree(model_dir, tmp_path / 'bare')
+    template = (tmp_path / 'bare' / 'chat_template.jinja').read_text()
+    os.remove(tmp_path / 'bare' / 'chat_template.jinja')
+    with pytest.raises(SystemExit):
+        data_prep.load_tokenizer(str(tmp_path / 'bare'))
+    assert '--chat_template=FILE' in capsys.readouterr().err
+    (tmp_path / 'mine.jinja').write_text(template)
+    assert data_prep.load_tokenizer(str(tmp_path / 'bare'), str(tmp_path / 'mine.jinja')).chat_template == template
