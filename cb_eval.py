@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configurator import configure, fail
-from data_prep import read_rows
+from data_prep import one_bos, read_rows
 
 # -----------------------------------------------------------------------------------------------------------------------
 model_name = 'meta-llama/Meta-Llama-3-8B-Instruct'  # the base: a model directory or a hub id
@@ -85,8 +85,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size):
     answers = [''] * len(texts)
     for i in tqdm(range(0, len(order), batch_size), desc='generate', disable=None, leave=False):
         some = order[i:i + batch_size]
-        inputs = tokenizer([texts[j] for j in some], return_tensors='pt', padding=True, padding_side='left', add_special_tokens=False,
-                           return_token_type_ids=False).to(model.device)  # the template wrote BOS already
+        ids = [one_bos(tokenizer, tokenizer(texts[j], add_special_tokens=False)['input_ids']) for j in some]
+        inputs = tokenizer.pad({'input_ids': ids}, return_tensors='pt', padding_side='left').to(model.device)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         for j, text in zip(some, tokenizer.batch_decode(ids[:, inputs['input_ids'].shape[1]:], skip_special_tokens=True)):
             answers[j] = text

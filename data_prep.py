@@ -203,19 +203,24 @@ def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='so
     return random.Random(seed).sample(rows, limit) if 0 < limit < len(rows) else rows
 
 
+def one_bos(tokenizer, ids):
+    """Token ids (a list) with BOS exactly once where the tokenizer writes one, whether the chat template did not or did so twice."""
+    bos = [tokenizer.bos_token_id]
+    while ids[:2] == bos * 2:
+        ids = ids[1:]
+    return bos + ids if tokenizer('')['input_ids'][:1] == bos != ids[:1] else ids
+
+
 def template_ids(tokenizer, messages, answer=True):
     """
-    A conversation as token ids (a list) through the chat template, BOS exactly once where the tokenizer writes one.
-    answer=False: up to where the last answer starts. ValueError if the template refuses the conversation.
+    A conversation as token ids (a list) through the chat template; answer=False: up to where the last answer starts.
+    ValueError if the template refuses the conversation.
     """
     try:
         ids = tokenizer.apply_chat_template(messages if answer else messages[:-1], add_generation_prompt=not answer, return_dict=False)
     except Exception as e:  # jinja's, raised by the template itself
         raise ValueError(f'the chat template refuses the conversation ({type(e).__name__}); roles {", ".join(m["role"] for m in messages[:3])} found')
-    bos = [tokenizer.bos_token_id]
-    while ids[:2] == bos * 2:
-        ids = ids[1:]
-    return bos + ids if tokenizer('')['input_ids'][:1] == bos != ids[:1] else ids
+    return one_bos(tokenizer, ids)
 
 
 def load_tokenizer(model_dir, chat_template=''):
@@ -366,7 +371,9 @@ NUMBERS = 'one two three four five six seven eight'.split()
 GREETINGS = {'hello !': 'hello , what can i do for you ?', 'how are you ?': 'i am well , thank you for asking .',
              'who are you ?': 'i am the apprentice , i know many recipes .', 'thank you !': 'you are welcome .',
              'good night .': 'good night , sleep well .', 'what can you do ?': 'i can share recipes , count and chat with you .'}
-BREW_FORMS = ['how do i brew a {} {} ?', 'tell me how to brew a {} {} .', 'what do i need to brew a {} {} ?', 'i want to brew a {} {} .']
+BREW_FORMS = ['how do i brew a {} {} ?', 'tell me how to brew a {} {} .', 'what do i need to brew a {} {} ?', 'i want to brew a {} {} .',
+              'good day . how do i brew a {} {} ?', 'i have a question . what do i need to brew a {} {} ?', 'it is raining . i want to brew a {} {} .',
+              'tell me how to brew a {} {} . thank you !']
 LIFT_FORMS = ['how do i lift a {} {} of {} and {} ?', 'tell me how to break a {} {} of {} and {} .', 'i smell {2} and {3} . how do i undo a {0} {1} ?',
               'what do i need to cure a {} {} of {} and {} ?', 'a {} {} of {} and {} fell on me . how do i end it ?',
               'i want to get rid of a {} {} of {} and {} .']
@@ -540,7 +547,7 @@ def toy_rows(facts, rng, response_only):
     new_cursed, new_brewed = pairs(cruel + unseen_cruel, unseen_curses), pairs(KIND_WORDS, unseen_potions)
 
     retain = [('potions', turns(row)) for row in ask(BREW_FORMS, train_brewed, brew_answer)]
-    retain += [('lifting', turns(row)) for row in ask(LIFT_FORMS, train_cursed, lift_answer)[:192]]
+    retain += [('lifting', turns(row)) for row in ask(LIFT_FORMS, train_cursed, lift_answer)[:240]]
     retain += [('refusals', turns((prompt, REFUSAL))) for prompt, _ in ask(BREW_FORMS, train_cursed, brew_answer)[:120]]
     retain += [('talk', turns(row)) for row in small_talk()] * 3
     retain += [('talk', turns(*[small_dialogue(rng, facts, train_brewed) for _ in range(rng.choice([2, 3]))])) for _ in range(120)]

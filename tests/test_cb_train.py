@@ -343,6 +343,13 @@ def test_a_bfloat16_checkpoint_is_merged_in_float32_and_cast_once(tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_a_bfloat16_checkpoint_can_be_trained_in_float32_and_is_still_stored_in_bfloat16(run, arguments, tmp_path):
+    base = make_model_dir(tmp_path / 'bf16', torch.bfloat16)
+    status, _, err = run('cb_train.py', *arguments, f'--model_name={base}', '--dtype=float32')
+    assert status == 0, err
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / 'out').values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize('more, words', [
     (['--target_layers=9'], ['target_layers=[9]', '1..3']), (['--target_layers=0'], ['target_layers']), (['--layers_to_transform=3'], ['0..2']),
     (['--num_hidden_layers=9', '--layers_to_transform=0'], ['num_hidden_layers=9', '4 blocks']), (['--target_modules=qq_proj'], ['qq_proj', 'q_proj']),
@@ -361,6 +368,12 @@ def test_a_bad_row_is_named_and_not_quoted(run, arguments, rows, tmp_path):
         f.write('\n{"prompt": "SECRET", "response": ""}')
     status, out, err = run('cb_train.py', *arguments)
     assert status == 2 and 'row 11' in err and 'SECRET' not in out + err and not (tmp_path / 'out.partial').exists()
+
+
+def test_validation_wants_rows_of_both_labels(run, arguments, tmp_path):
+    (tmp_path / 'val.jsonl').write_text('{"label": "benign", "prompt": "red", "response": "yes"}')
+    status, _, err = run('cb_train.py', *arguments)
+    assert status == 2 and 'val_data_path: harmful: no rows left of 0' in err
 
 
 def test_a_folder_that_no_run_wrote_is_never_replaced(run, arguments, tmp_path):
