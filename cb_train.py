@@ -53,7 +53,7 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel
 
 from configurator import configure, fail
-from data_prep import BENIGN_ANSWERS, HARMFUL_ANSWERS, hub_trouble, load_rows, load_tokenizer, messages_of, read_rows, template_ids
+from data_prep import BENIGN_ANSWERS, HARMFUL_ANSWERS, hub_trouble, load_rows, load_tokenizer, messages_of, numbered_rows, template_ids
 
 # -----------------------------------------------------------------------------------------------------------------------
 # model
@@ -278,7 +278,7 @@ def coefficients(step, lorra_alpha, schedule_steps):
 # ---- data -------------------------------------------------------------------------------------------------------------
 
 
-Row = collections.namedtuple('Row', 'ids start')  # tokens of a row, and the first of them that the losses count
+Row = collections.namedtuple('Row', 'ids start where', defaults=('',))  # its tokens, the first of them that the losses count, FILE: row N
 
 
 def labelled(row):
@@ -288,7 +288,7 @@ def labelled(row):
     return row['label'], messages_of(row, HARMFUL_ANSWERS if row['label'] == 'harmful' else BENIGN_ANSWERS)
 
 
-def encode(tokenizer, messages, max_seq_length, loss_on='all', lengths=(0, 0)):
+def encode(tokenizer, messages, where, max_seq_length, loss_on='all', lengths=(0, 0)):
     """
     A conversation as a Row through the chat template, cut to max_seq_length tokens and, with lengths (request, answer), each
     part to its own. None if no token is left that counts; ValueError if the template refuses it.
@@ -299,18 +299,18 @@ def encode(tokenizer, messages, max_seq_length, loss_on='all', lengths=(0, 0)):
         start = next((i for i, (a, b) in enumerate(zip(ids, request)) if a != b), min(len(ids), len(request)))
         parts = [part[:limit or len(part)] for part, limit in zip((ids[:start], ids[start:]), lengths)]
         ids, start = parts[0] + parts[1], len(parts[0])
-    row = Row(ids[:max_seq_length], start if loss_on == 'response' else 0)
+    row = Row(ids[:max_seq_length], start if loss_on == 'response' else 0, where)
     return row if row.start < len(row.ids) else None
 
 
 def encode_all(tokenizer, conversations, option, *more):
-    """encode for a whole set, as a list of Rows; ends with one line if the template refuses one or nothing is left."""
+    """encode for a whole set of (where, messages), as a list of Rows; ends with one line if the template refuses one or nothing is left."""
     rows = []
-    for i, messages in enumerate(tqdm(conversations, desc='tokenize', disable=None), 1):
+    for where, messages in tqdm(conversations, desc='tokenize', disable=None):
         try:
-            rows.append(encode(tokenizer, messages, *more))
+            rows.append(encode(tokenizer, messages, where, *more))
         except ValueError as e:
-            fail(f'{option}: conversation {i}: {e}')
+            fail(f'{where}: {e}')
     dropped = rows.count(None)
     if dropped:
         print(f'{option}: {dropped} of {len(rows)} rows left out: none of their tokens that count is among the first {more[0]}')
@@ -588,7 +588,7 @@ if __name__ == '__main__':
         as_benign, as_harmful = (functools.partial(messages_of, answers=answers) for answers in (BENIGN_ANSWERS, HARMFUL_ANSWERS))
         retain_messages = load_rows(retain_data_path, as_benign, limit=num_retain_examples, seed=seed, option='retain_data_path')
         cb_messages = load_rows(cb_data_path, as_harmful, limit=num_cb_examples, seed=seed, option='cb_data_path')
-        val_rows = read_rows(val_data_path, labelled) if val_data_path else []
+        val_rows = numbered_rows(val_data_path, labelled) if val_data_path else []
     model_dir = find_checkpoint(model_name)
     shapes = check_model(model_dir, config)
     adapter = read_adapter(init_from, shapes, lora_r, lora_alpha) if init_from else {}
@@ -602,7 +602,7 @@ if __name__ == '__main__':
         sets = {'retain': encode_all(tokenizer, retain_messages, 'retain_data_path', *limits),
                 'harmful': encode_all(tokenizer, cb_messages, 'cb_data_path', *limits, cb_lengths)}
     if val_rows:
-        val_sets = {label: encode_all(tokenizer, [m for l, m in val_rows if l == label], f'val_data_path: {label}', *limits)
+        val_sets = {label: encode_all(tokenizer, [(where, m) for where, (l, m) in val_rows if l == label], f'val_data_path: {label}', *limits)
                     for label in ('benign', 'harmful')}
 
     # the model: truncated, frozen, with a LoRA beside each of its target linears

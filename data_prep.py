@@ -146,15 +146,20 @@ def file_rows(path):
     return rows or fail(f'{path}: no rows found')
 
 
-def read_rows(path, convert=messages_of):
-    """The rows of a file as [convert(row)]; a row that convert refuses (ValueError) ends the program with its number, never its text."""
+def numbered_rows(path, convert=messages_of):
+    """A file as [('FILE: row N', convert(row))]; a row that convert refuses (ValueError) ends the program with its number, never its text."""
     found = []
     for number, row in file_rows(path):
         try:
-            found.append(convert(row))
+            found.append((f'{path}: row {number}', convert(row)))
         except ValueError as e:
             fail(f'{path}: row {number}: {e}')
     return found
+
+
+def read_rows(path, convert=messages_of):
+    """The rows of a file as [convert(row)]; mistakes as in numbered_rows."""
+    return [row for _, row in numbered_rows(path, convert)]
 
 
 def hub_trouble(error):
@@ -175,16 +180,16 @@ def hub_trouble(error):
 
 def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='source'):
     """
-    [convert(row)] of a source: a file, a folder of files (those named after the split if there are such), or a hub id, ORG/NAME
-    or ORG/NAME:SPLIT. With a limit, at most so many, drawn with the seed.
+    [(where, convert(row))] of a source: a file, a folder of files (those named after the split if there are such), or a hub id,
+    ORG/NAME or ORG/NAME:SPLIT. With a limit, at most so many, drawn with the seed.
     """
     source_id, _, named = source.partition(':')
     if os.path.isdir(source):
         files = sorted(name for name in os.listdir(source) if name.endswith(ROW_FILES))
         files = [name for name in files if split and split in name] or files
-        rows = [row for name in files for row in read_rows(os.path.join(source, name), convert)] or fail(f'{option}: no rows found in {source}')
+        rows = [row for name in files for row in numbered_rows(os.path.join(source, name), convert)] or fail(f'{option}: no rows found in {source}')
     elif os.path.isfile(source) or not re.fullmatch(r'[\w.-]+/[\w.-]+', source_id) or source.endswith(ROW_FILES):
-        rows = read_rows(source, convert)
+        rows = numbered_rows(source, convert)
     else:
         try:
             table = datasets.load_dataset(source_id, split=named or split or SPLITS.get(source_id, 'train'))
@@ -193,7 +198,7 @@ def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='so
         rows, skipped = [], 0
         for i in random.Random(seed).sample(range(len(table)), len(table)):
             try:
-                rows.append(convert(table[i]))
+                rows.append((f'{source}: row {i + 1}', convert(table[i])))
             except ValueError:  # nobody here can mend a public set
                 skipped += 1
             if limit and len(rows) == limit:
@@ -305,18 +310,19 @@ def drop_requests(rng, rows, share):
 def recipe_rows(c, rng):
     """Every file of a real recipe as {file name: rows}, and the lines that count them; c: the options as a dict."""
     mix = parsed_mix(c['retain_mix'])
-    pairs = load_rows(c['circuit_breakers'], with_refusal, option='circuit_breakers')
+    pairs = [row for _, row in load_rows(c['circuit_breakers'], with_refusal, option='circuit_breakers')]
     pairs = rng.sample(pairs, len(pairs))
     if 'refusals' in mix and not all(refused for _, refused in pairs):
         fail(f'circuit_breakers: {c["circuit_breakers"]}: rows without a refusal (llama3_output or chosen) found; take refusals out of retain_mix')
     wanted = c['num_val_examples']
-    chat = load_rows(c['ultrachat'], limit=mix.get('ultrachat', (0, 0))[0] + wanted, seed=c['seed'], option='ultrachat', split='train_sft')
+    chat = [row for _, row in load_rows(c['ultrachat'], limit=mix.get('ultrachat', (0, 0))[0] + wanted, seed=c['seed'], option='ultrachat',
+                                        split='train_sft')]
     if c['validation']:
-        val = load_rows(c['validation'], lambda row: messages_of(row, HARMFUL_ANSWERS), option='validation')[:wanted]
+        val = [row for _, row in load_rows(c['validation'], lambda row: messages_of(row, HARMFUL_ANSWERS), option='validation')][:wanted]
     else:
         val, pairs = [harmful for harmful, _ in pairs[:wanted]], pairs[wanted:]
     sources = {'ultrachat': chat[wanted:], 'refusals': [refused for _, refused in pairs],
-               'xstest': [row for row in load_rows(c['xstest'], full_compliance, 'gpt4', option='xstest') if row] if 'xstest' in mix else []}
+               'xstest': [row for _, row in load_rows(c['xstest'], full_compliance, 'gpt4', option='xstest') if row] if 'xstest' in mix else []}
     rows = {'circuit_breakers': [('circuit_breakers', harmful) for harmful, _ in pairs], 'retain': []}
     if not pairs or not chat[wanted:]:
         fail(f'num_val_examples={wanted} found, fewer than the rows of circuit_breakers and ultrachat wanted')

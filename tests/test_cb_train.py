@@ -315,13 +315,13 @@ def test_response_masks_and_lengths_count_the_last_answers_tokens(model_dir):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     words = lambda row, start=0: tokenizer.convert_ids_to_tokens(row.ids[start:])
     talk = [{'role': r, 'content': c} for r, c in (('user', 'red'), ('assistant', 'blue'), ('user', 'one two'), ('assistant', 'yes no'))]
-    row = cb_train.encode(tokenizer, talk, 512, 'response')
+    row = cb_train.encode(tokenizer, talk, '', 512, 'response')
     assert words(row, row.start) == ['yes', 'no', '<end>'] and words(row)[:3] == ['<bos>', '<user>', 'red'] and cb_train.count([row]) == 3
     ids, mask = cb_train.collate([row, cb_train.Row([2, 4, 3], 0)], 'cpu')
     assert mask[0].tolist() == [0] * row.start + [1] * 3 and mask[1].tolist() == [1, 1, 1] + [0] * (len(row.ids) - 3)
-    cut = cb_train.encode(tokenizer, talk, 512, 'all', (4, 2))
+    cut = cb_train.encode(tokenizer, talk, '', 512, 'all', (4, 2))
     assert words(cut) == ['<bos>', '<user>', 'red', '<end>', 'yes', 'no'] and cut.start == 0
-    assert cb_train.encode(tokenizer, talk, 8, 'response') is None and len(cb_train.encode(tokenizer, talk, 8).ids) == 8
+    assert cb_train.encode(tokenizer, talk, '', 8, 'response') is None and len(cb_train.encode(tokenizer, talk, '', 8).ids) == 8
 
 
 def test_accumulation_and_the_seed_decide_the_run_and_nothing_else_does(run, arguments, tmp_path):

@@ -235,7 +235,7 @@ def test_csv_tsv_parquet_and_a_folder_are_read_as_json_is(tmp_path):
     for name in ('r.parquet', 'r.csv', 'r.tsv'):
         assert data_prep.read_rows(str(tmp_path / name)) == want
     assert len(data_prep.load_rows(str(tmp_path))) == 9 and len(data_prep.load_rows(str(tmp_path), limit=4, seed=1)) == 4
-    assert data_prep.load_rows(str(tmp_path), split='r.tsv') == want
+    assert data_prep.load_rows(str(tmp_path), split='r.tsv') == [(f'{tmp_path / "r.tsv"}: row {i}', row) for i, row in enumerate(want, 1)]
 
 
 @pytest.mark.parametrize('name, content, words', [
