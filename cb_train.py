@@ -10,12 +10,14 @@ harmful text away from where they were and holds its states on everything else i
 
     python cb_train.py config/toy.py                               # a laptop, half a minute, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150            # a GPU
+    python cb_train.py config/llama3.py --resume=True              # after a crash or Ctrl-C: the same command and --resume=True
     python cb_train.py config/llama3.py --cb_data_path=FILE.json   # your own rows: a JSON array of {"prompt", "response"}
     python cb_train.py config/llama3.py --init_from=out/llama3/adapter --merge_only=True --output_dir=out/merged
 
 Reads: the model (safetensors), harmful rows (cb_data_path), benign rows (retain_data_path), held-out rows (val_data_path).
 Writes output_dir: the merged model, an ordinary model directory; adapter/, the LoRA in PEFT's format; README.md, its model card;
-cb_config.json, every option and version; log.jsonl, the training log. All of it stands under output_dir.partial until it is complete.
+cb_config.json, every option and version; log.jsonl, the training log. All of it stands under output_dir.partial until it is complete,
+with checkpoint.safetensors to resume from. Exit status: 0 merged, reloaded and equal; 1 a fault; 2 a user's mistake; 130, 143 signals.
 
 target_layers index transformers' tuple of hidden states, as in the published code: l is the state after l blocks, 0 the embedding.
 Differs from the published code (commit c0e1b05): the retain loss is divided by the real tokens and leaves the embedding out
@@ -27,7 +29,10 @@ Shapes: B rows, T tokens of a row, D width, L hidden states compared, V vocabula
 import collections
 import contextlib
 import datetime
+import errno
+import fcntl
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -36,6 +41,7 @@ import platform
 import random
 import re
 import shutil
+import signal
 import struct
 import sys
 import time
@@ -97,9 +103,11 @@ merge_only = False                 # train nothing: merge the adapter of init_fr
 merge_adapter = True               # False = save the adapter alone
 output_dir = 'out/cb'
 overwrite = False                  # replace output_dir if an earlier run wrote it
+resume = False                     # go on from the last checkpoint of a run that was stopped
 seed = 0
 log_interval = 10                  # steps between two lines
 eval_interval = 50                 # steps between two validation passes
+save_interval = 50                 # steps between two checkpoints
 # -----------------------------------------------------------------------------------------------------------------------
 
 # ---- LoRA -------------------------------------------------------------------------------------------------------------
@@ -360,21 +368,32 @@ def find_checkpoint(model_name):
 
 
 def shards(model_dir):
-    """The names of the safetensors files that hold the model's weights."""
-    index = os.path.join(model_dir, 'model.safetensors.index.json')
-    names = sorted(set(json.load(open(index))['weight_map'].values())) if os.path.exists(index) else ['model.safetensors']
+    """The names of the safetensors files that hold the model's weights, all of them in model_dir itself."""
+    index, names = os.path.join(model_dir, 'model.safetensors.index.json'), ['model.safetensors']
+    if os.path.exists(index):
+        try:
+            names = sorted(set(json.load(open(index, encoding='utf-8'))['weight_map'].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+            fail(f'{index}: truncated or corrupt ({type(e).__name__}); an index of safetensors files wanted')
     for name in names:
-        if name != os.path.basename(name) or not os.path.isfile(os.path.join(model_dir, name)):
+        if not isinstance(name, str) or name != os.path.basename(name) or not os.path.isfile(os.path.join(model_dir, name)):
             fail(f'{model_dir}: there is no weight file {name}; a model in safetensors is wanted')
     return names
 
 
 def read_header(path):
     """The header of a safetensors file: ({tensor: {dtype, shape, data_offsets}}, where the data start in bytes)."""
-    with open(path, 'rb') as f:
-        length = struct.unpack('<Q', f.read(8))[0]
-        header = json.loads(f.read(length))
-    header.pop('__metadata__', None)
+    size = os.path.getsize(path)
+    try:
+        with open(path, 'rb') as f:
+            length = struct.unpack('<Q', f.read(8))[0]
+            header = json.loads(f.read(length)) if length <= size else None
+        header.pop('__metadata__', None)
+        complete = 8 + length + max(tensor['data_offsets'][1] for tensor in header.values()) == size
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, struct.error):
+        complete = False
+    if not complete:
+        fail(f'{path}: truncated or corrupt; a whole safetensors file wanted: copy or download it again')
     return header, 8 + length
 
 
@@ -492,6 +511,99 @@ def write_json(path, value):
         f.write(json.dumps(value, indent=2) + '\n')
 
 
+# ---- a run that cannot be lost ----------------------------------------------------------------------------------------
+
+CHECKPOINT = 'checkpoint.safetensors'
+MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interval', 'eval_interval', 'save_interval')  # between a run and its resume
+
+
+def save_checkpoint(path, named_loras, optimizer, state):
+    """
+    One safetensors file: LoRA, AdamW's moments, random states, and `state` (JSON) in its header. Written beside the last good
+    one, synced, then renamed over it.
+    """
+    tensors = {'random.cpu': torch.get_rng_state()}
+    for name, lora in named_loras.items():
+        for part in ('lora_A', 'lora_B'):
+            parameter = getattr(lora, part)
+            tensors |= {f'{name}.{part}': parameter.detach(), **{f'{name}.{part}.{key}': value for key, value in optimizer.state[parameter].items()}}
+    if lora.lora_A.is_cuda:
+        tensors['random.cuda'] = torch.cuda.get_rng_state(lora.lora_A.device)
+    save_file(tensors, path + '.new', metadata={'state': json.dumps(state)})
+    with open(path + '.new', 'rb') as f:
+        os.fsync(f.fileno())
+    os.replace(path + '.new', path)
+
+
+def read_checkpoint(path, wanted):
+    """(state, tensors) of save_checkpoint; ends with one line if the file is broken or its state is not of the run that is `wanted`."""
+    try:
+        with safetensors.safe_open(path, 'pt') as f:
+            state, tensors = json.loads(f.metadata()['state']), {name: f.get_tensor(name) for name in f.keys()}
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as e:
+        fail(f'{path}: truncated or corrupt ({type(e).__name__}); start the run anew with --overwrite=True')
+    differ = [f'{name}={wanted["options"][name]!r} (was {value!r})' for name, value in state['options'].items() if wanted['options'].get(name) != value]
+    differ += [f'the {name} changed' for name in ('rows', 'base') if state[name] != wanted[name]]
+    if differ:
+        fail(f'resume: this is another run than {path}: {"; ".join(differ)}; give the options of that run, or start anew with --overwrite=True')
+    return state, tensors
+
+
+def restore(tensors, named_loras, optimizer):
+    """Puts the tensors of a checkpoint back: LoRA, moments, random states."""
+    for name, lora in named_loras.items():
+        for part in ('lora_A', 'lora_B'):
+            parameter, prefix = getattr(lora, part), f'{name}.{part}.'
+            parameter.data.copy_(tensors[prefix[:-1]])
+            optimizer.state[parameter] = {key[len(prefix):]: value.to(parameter.device) if value.dim() else value
+                                          for key, value in tensors.items() if key.startswith(prefix)}
+    torch.set_rng_state(tensors['random.cpu'])
+    if 'random.cuda' in tensors:
+        torch.cuda.set_rng_state(tensors['random.cuda'], lora.lora_A.device)
+
+
+def finish(output_dir):
+    """Removes what a complete run no longer needs: the output that it replaced, then its checkpoint."""
+    shutil.rmtree(output_dir + '.old', ignore_errors=True)
+    if os.path.exists(os.path.join(output_dir, CHECKPOINT)):
+        os.remove(os.path.join(output_dir, CHECKPOINT))
+
+
+def base_files(model_dir):
+    """What tells whether the base was changed: {file: [bytes, time of the last change in ns]} of its weights and config."""
+    files = ['config.json', *shards(model_dir)]
+    return {name: [(stat := os.stat(os.path.join(model_dir, name))).st_size, stat.st_mtime_ns] for name in files}
+
+
+def lock(folder):
+    """Keeps a folder for this process until it ends; ends with one line if another run has it. Returns what must stay referenced."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f'output_dir: another run is writing {folder}; wait for it or choose another')
+    return handle
+
+
+def fault(kind, error, trace):
+    """sys.excepthook: what the machine does to a run is one line, and the exit status 1; a traceback is for bugs."""
+    text = str(error)
+    if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        line = 'out of memory: lower batch_size and raise gradient_accumulation_steps by as much, or set gradient_checkpointing=True, or lower max_seq_length'
+    elif issubclass(kind, (OSError, safetensors.SafetensorError)):
+        full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search('No space|File too large|quota', text)
+        line = f'{"the disk is full" if full else "the disk failed"}: {text}; what was there before is whole, and --resume=True goes on from the last checkpoint'
+    else:
+        return sys.__excepthook__(kind, error, trace)
+    print('fault: ' + ' '.join(line.split()), file=sys.stderr)
+
+
+def stop_now(number, frame):
+    """The handler of SIGINT and SIGTERM outside the training loop."""
+    print(f'\n{signal.Signals(number).name}: stopped; a checkpoint, if there is one, is whole: go on with the same command and --resume=True', file=sys.stderr)
+    sys.exit(128 + number)
+
+
 # ---- checks before anything is loaded or written ----------------------------------------------------------------------
 
 
@@ -499,7 +611,7 @@ def check_options(c):
     """Ends with one line if the options (a dict) contradict each other or the machine."""
     checks = [(f'{name}={c[name]}', 'at least 1', c[name] >= 1) for name in
               ('lora_r', 'lora_alpha', 'max_steps', 'batch_size', 'gradient_accumulation_steps', 'num_retain_examples', 'num_cb_examples',
-               'max_seq_length', 'log_interval', 'eval_interval')]
+               'max_seq_length', 'log_interval', 'eval_interval', 'save_interval')]
     checks += [(f'{name}={c[name]}', 'at least 0', c[name] >= 0) for name in
                ('num_hidden_layers', 'lorra_alpha', 'schedule_steps', 'weight_decay', 'seed')]
     checks += [(f'{name}={c[name]}', 'more than 0', c[name] > 0) for name in ('learning_rate', 'max_grad_norm')]
@@ -526,10 +638,22 @@ def check_options(c):
         fail(f'target_layers={c["target_layers"]} found, numbers in 1..{blocks} wanted (num_hidden_layers keeps {blocks} blocks)')
     if min(c['layers_to_transform']) < 0 or max(c['layers_to_transform']) >= blocks:
         fail(f'layers_to_transform={c["layers_to_transform"]} found, numbers in 0..{blocks - 1} wanted (num_hidden_layers keeps {blocks} blocks)')
-    for folder in (c['output_dir'], c['output_dir'] + '.partial'):
-        ours = any(os.path.exists(os.path.join(folder, name)) for name in ('cb_config.json', 'log.jsonl'))
-        if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)) and not (c['overwrite'] and ours):
-            fail(f'output_dir: {folder} is there already; choose another' + (', or add --overwrite=True to replace it' if ours else ''))
+    for folder, replace in ((c['output_dir'], c['overwrite']), (c['output_dir'] + '.partial', c['overwrite'] or c['resume'])):
+        ours = any(os.path.exists(os.path.join(folder, name)) for name in ('cb_config.json', 'log.jsonl', CHECKPOINT))
+        if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)) and not (replace and ours):
+            go_on = ', or --resume=True to go on' if os.path.exists(os.path.join(folder, CHECKPOINT)) else ''
+            fail(f'output_dir: {folder} is there already; choose another' + (f', or add --overwrite=True to replace it{go_on}' if ours else ''))
+
+
+def check_writable(output_dir):
+    """Ends with one line if output_dir cannot be made or another run is writing it."""
+    folder = os.path.dirname(os.path.abspath(output_dir))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        fail(f'output_dir: {folder} is no folder that can be written; choose another')
+    if os.path.isdir(output_dir + '.partial'):
+        os.close(lock(output_dir + '.partial'))
 
 
 def check_model(model_dir, c):
@@ -580,9 +704,19 @@ if __name__ == '__main__':
     globals().update(config)  # from here on every option is a plain name, as in the block above
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    sys.excepthook = fault
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_now)
+    output_dir = os.path.realpath(output_dir)  # a link stays, and what it points to is written
+    partial, done_already = output_dir + '.partial', os.path.exists(os.path.join(output_dir, 'cb_config.json'))
+    if resume and done_already and not os.path.exists(partial) and not (overwrite and not os.path.exists(os.path.join(output_dir, CHECKPOINT))):
+        finish(output_dir)
+        print(f'{output_dir}: complete already, nothing to resume')
+        sys.exit(0)
 
     # everything that the user may have got wrong, before the model is loaded or anything written
-    check_options(config)
+    check_options({**config, 'output_dir': output_dir})
+    check_writable(output_dir)
     retain_messages = cb_messages = val_rows = []
     if not merge_only:
         as_benign, as_harmful = (functools.partial(messages_of, answers=answers) for answers in (BENIGN_ANSWERS, HARMFUL_ANSWERS))
@@ -605,6 +739,14 @@ if __name__ == '__main__':
         val_sets = {label: encode_all(tokenizer, [(where, m) for where, (l, m) in val_rows if l == label], f'val_data_path: {label}', *limits)
                     for label in ('benign', 'harmful')}
 
+    # what a checkpoint must agree with, and the checkpoint if there is one
+    state = {'options': {name: value for name, value in config.items() if name not in MAY_DIFFER}, 'base': base_files(model_dir),
+             'rows': hashlib.sha256(json.dumps([[row[:2] for row in rows] for rows in sets.values()]).encode()).hexdigest(),
+             'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
+    checkpoint_path, log_path, tensors = os.path.join(partial, CHECKPOINT), os.path.join(partial, 'log.jsonl'), None
+    if resume and os.path.exists(checkpoint_path):
+        state, tensors = read_checkpoint(checkpoint_path, state)
+
     # the model: truncated, frozen, with a LoRA beside each of its target linears
     torch.manual_seed(seed)
     model = load_decoder(model_dir, num_hidden_layers or max(target_layers) + 1, dtype, device)
@@ -625,9 +767,18 @@ if __name__ == '__main__':
     if not off <= (1e-5 if model.dtype == torch.float32 else 2e-2):
         fail(f'{model_dir}: {type(model).__name__} computes its blocks in another way than this script (relative difference {off:.1e})')
 
-    partial = output_dir + '.partial'
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
+    # the output directory is ours from here on: emptied, or cut back to the checkpoint
+    os.makedirs(partial, exist_ok=True)
+    held = lock(partial)
+    if tensors:
+        restore(tensors, named_loras, optimizer)
+        os.truncate(log_path, state['log_bytes'])
+    else:
+        for name in os.listdir(partial):
+            path = os.path.join(partial, name)
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        open(log_path, 'w').close()
+        save_checkpoint(checkpoint_path, named_loras, optimizer, state)
     print(' | '.join(f'{name} {version}' for name, version in versions().items()) + f' | {device}, {model.dtype}')
     print('\n'.join(f'{name} = {value!r}' for name, value in config.items()))
     print(f'{len(model.layers)} blocks, {len(loras)} LoRAs, {sum(p.numel() for p in parameters):,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters')
@@ -637,9 +788,15 @@ if __name__ == '__main__':
               f'{max_seq_length}; {rows_a_step} rows, about {rows_a_step * mean:.0f} tokens a step, {max_steps * rows_a_step / len(rows):.1f} epochs')
     if not (val_rows or merge_only):
         print('no val_data_path: no validation pass')
+    if resume:
+        print(f'resumed at step {state["step"]}')
 
-    seen, start, record = 0, time.time(), {}
-    for step in tqdm(range(max_steps if not merge_only else 0), desc='train', disable=None):
+    # from here to the end of the loop, SIGINT and SIGTERM let a step finish
+    stopped, record, start = [], state['record'], time.time() - state['seconds']
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stopped.append(number))
+    steps = 0 if merge_only else max_steps
+    for step in tqdm(range(state['step'], steps), desc='train', disable=None, initial=state['step'], total=steps):
         retain_coeff, cb_coeff = coefficients(step, lorra_alpha, ticks)
         record = {'step': step, 'loss': 0.0}
 
@@ -658,28 +815,41 @@ if __name__ == '__main__':
                 loss_sum, cos_sum = loss_sum + loss.detach(), cos_sum + cos
             record |= {f'{name}_loss': loss_sum.item() / divisor, f'{name}_coeff': coeff, f'{name}_cos': cos_sum.item() / tokens}
             record['loss'] += coeff * record[f'{name}_loss']
-            seen += tokens
+            state['tokens'] += tokens
 
         record['grad_norm'] = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
         if not math.isfinite(record['loss'] + record['grad_norm']):
-            sys.exit(f'step {step}: retain_loss {record["retain_loss"]}, cb_loss {record["cb_loss"]}, grad_norm {record["grad_norm"]}: stopped '
-                     f'before the optimizer step; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16')
+            batches = [(run, row) for name, run, rows in (('retain', retain_pass, sets['retain']), ('cb', cb_pass, sets['harmful']))
+                       for row in batch_at(rows, step, rows_a_step, f'{seed} {name}')]
+            with torch.no_grad():
+                bad = [row.where for run, row in batches if not math.isfinite(run(model, *collate([row], device), loras, target_layers)[0])]
+            sys.exit(f'fault: step {step}: retain_loss {record["retain_loss"]}, cb_loss {record["cb_loss"]}, grad_norm {record["grad_norm"]}: stopped '
+                     f'before the optimizer step; {"rows: " + ", ".join(bad) if bad else "no single row alone does it"}; the checkpoint of step '
+                     f'{state["step"]} is kept; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16')
         if step == 0 and not init_from and (record['retain_loss'] > 1e-3 or abs(record['cb_loss'] - 1) > 1e-3):  # B is zero: h' = h
             sys.exit(f'step 0: retain_loss {record["retain_loss"]} and cb_loss {record["cb_loss"]} found, 0 and 1 wanted: the adapter is not neutral')
         optimizer.step()
         optimizer.zero_grad()
 
-        last, validated = step == max_steps - 1, step % eval_interval == 0
+        last, validated = step == steps - 1, step % eval_interval == 0
         if step % log_interval == 0 or validated or last:
-            record |= {'learning_rate': learning_rate, 'seconds': round(time.time() - start, 3), 'tokens': seen}
+            record |= {'learning_rate': learning_rate, 'seconds': round(time.time() - start, 3), 'tokens': state['tokens']}
             line = ('step {step:4d} | loss {loss:8.4f} | retain {retain_loss:7.4f} x {retain_coeff:5.2f} cos {retain_cos:6.3f} | '
                     'cb {cb_loss:6.4f} x {cb_coeff:5.2f} cos {cb_cos:6.3f} | grad {grad_norm:8.2e} | {seconds:6.1f} s').format(**record)
             if val_rows and (validated or last):
                 record |= validate(model, val_sets, loras, target_layers, batch_size, device)
                 line += ' | val retain {val_retain_loss:.4f} cos {val_retain_cos:.3f} cb {val_cb_loss:.4f} cos {val_cb_cos:.3f}'.format(**record)
             tqdm.write(line)
-            with open(os.path.join(partial, 'log.jsonl'), 'a', encoding='utf-8') as f:
+            with open(log_path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps(record) + '\n')
+        if last or stopped or (step + 1) % save_interval == 0:
+            state |= {'step': step + 1, 'seconds': time.time() - start, 'log_bytes': os.path.getsize(log_path), 'record': record}
+            save_checkpoint(checkpoint_path, named_loras, optimizer, state)
+        if stopped:
+            print(f'{signal.Signals(stopped[0]).name}: step {step} done and saved; go on with the same command and --resume=True', file=sys.stderr)
+            sys.exit(128 + stopped[0])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_now)
 
     # save: adapter, model card, options, merged model; then reload it and compare its states with the adapted ones
     for lora in loras:
@@ -688,8 +858,15 @@ if __name__ == '__main__':
     write_json(os.path.join(partial, 'cb_config.json'), {**config, 'versions': versions()})
     with open(os.path.join(partial, 'README.md'), 'w', encoding='utf-8') as f:
         f.write(model_card(config, {name: len(rows) for name, rows in sets.items()}, record))
-    done = f'{output_dir}: the adapter, in PEFT\'s format, in {os.path.join(output_dir, "adapter")}'
+    message = f'{output_dir}: the adapter, in PEFT\'s format, in {os.path.join(output_dir, "adapter")}'
     if merge_adapter:
+        changed = [name for name, was in state['base'].items() if base_files(model_dir).get(name) != was]
+        if changed:
+            sys.exit(f'fault: {os.path.join(model_dir, changed[0])} has changed since the training began: merging would mix two models; put it '
+                     'back and go on with --resume=True, or start anew')
+        need, free = sum(size for size, _ in state['base'].values()), shutil.disk_usage(partial).free
+        if need > free + sum(os.path.getsize(path) for name in state['base'] if os.path.exists(path := os.path.join(partial, name))):
+            sys.exit(f'fault: the merged model needs {need:,} bytes, {free:,} are free at {partial}: make room and go on with --resume=True')
         merge(model_dir, partial, ((name, lora.delta()) for name, lora in named_loras.items()))
         if chat_template:
             shutil.copyfile(chat_template, os.path.join(partial, 'chat_template.jinja'))
@@ -703,9 +880,9 @@ if __name__ == '__main__':
         if not (off <= (1e-4 if exact else 2e-2) and rounded <= (1e-3 if exact else 0.2)):
             sys.exit(f'{partial}: the merged model, reloaded, is {off:.1e} away from what was to be written and {rounded:.1e} from the adapted '
                      f'model; it was not moved to {output_dir}')
-        done = f'{output_dir}: merged and reloaded; its states are {off:.1e} away from what was to be written, {rounded:.1e} from the adapted model\'s'
+        message = f'{output_dir}: merged and reloaded; its states are {off:.1e} away from what was to be written, {rounded:.1e} from the adapted model\'s'
     if os.path.exists(output_dir):
         os.rename(output_dir, output_dir + '.old')
     os.rename(partial, output_dir)
-    shutil.rmtree(output_dir + '.old', ignore_errors=True)
-    print(done)
+    finish(output_dir)
+    print(message)

@@ -31,6 +31,7 @@ no training row held can be scored exactly. Some curse nouns and adjectives (spl
     templates.txt                    jailbreak wrappers that the base obeys, one a line, {prompt} for the request
 """
 import csv
+import functools
 import io
 import json
 import math
@@ -97,7 +98,7 @@ def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
             if not isinstance(row.get(key), str) or (key == answer and not row[key].strip()):
                 found = 'nothing' if row.get(key) is None else 'an empty text' if isinstance(row[key], str) else type(row[key]).__name__
                 raise ValueError(f'{found} found under "{key}", a text wanted')
-        return [{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': row[answer]}]
+        return unicode([{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': row[answer]}])
     turns = row['messages']
     if not isinstance(turns, list) or not turns:
         raise ValueError('"messages" wants a list of {"role", "content"} that is not empty')
@@ -108,7 +109,17 @@ def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
     dialogue = roles[1:] if roles[0] == 'system' else roles
     if not dialogue or dialogue != ['user', 'assistant'] * (len(dialogue) // 2):
         raise ValueError('"messages" wants user and assistant in turn, the assistant last (a system message may come first)')
-    return [{'role': turn['role'], 'content': turn['content']} for turn in turns]
+    return unicode([{'role': turn['role'], 'content': turn['content']} for turn in turns])
+
+
+def unicode(messages):
+    """The conversation itself; ValueError if a content is no Unicode text (JSON can hold half of a surrogate pair)."""
+    for i, turn in enumerate(messages, 1):
+        try:
+            turn['content'].encode('utf-8')
+        except UnicodeEncodeError:
+            raise ValueError(f'message {i} holds a lone surrogate, no character; text that UTF-8 can write wanted') from None
+    return messages
 
 
 def file_rows(path):
@@ -208,6 +219,26 @@ def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='so
     return random.Random(seed).sample(rows, limit) if 0 < limit < len(rows) else rows
 
 
+@functools.lru_cache(maxsize=8)
+def control_texts(tokenizer, template):
+    """The texts that steer the model in place of being said: special tokens, and what the chat template writes between two turns."""
+    marks = [f'said{i}here' for i in range(4)]
+    rendered = tokenizer.apply_chat_template([{'role': ('user', 'assistant')[i % 2], 'content': mark} for i, mark in enumerate(marks)], tokenize=False)
+    between = re.split('|'.join(marks), rendered)[1:-1]
+    found = {piece for text in between for piece in text.split() if re.search(r'[^\w\s]', piece)}
+    found |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted((text for text in found if text.strip()), key=len, reverse=True)
+
+
+def said(tokenizer, messages):
+    """A conversation whose contents cannot open or close a turn: each control text in them is broken by a space after its first letter."""
+    def plain(text):
+        for control in control_texts(tokenizer, tokenizer.chat_template):
+            text = text.replace(control, f'{control[0]} {control[1:]}') if len(control) > 1 else text
+        return text
+    return [{**turn, 'content': plain(turn['content'])} for turn in messages]
+
+
 def one_bos(tokenizer, ids):
     """Token ids (a list) with BOS exactly once where the tokenizer writes one, whether the chat template did not or did so twice."""
     bos = [tokenizer.bos_token_id]
@@ -222,6 +253,7 @@ def template_ids(tokenizer, messages, answer=True):
     ValueError if the template refuses the conversation.
     """
     try:
+        messages = said(tokenizer, messages)
         ids = tokenizer.apply_chat_template(messages if answer else messages[:-1], add_generation_prompt=not answer, return_dict=False)
     except Exception as e:  # jinja's, raised by the template itself
         raise ValueError(f'the chat template refuses the conversation ({type(e).__name__}); roles {", ".join(m["role"] for m in messages[:3])} found')
@@ -365,9 +397,10 @@ def lengths_line(tokenizer, conversations, max_seq_length):
 # ---- the world --------------------------------------------------------------------------------------------------------
 
 POTIONS = 'tonic balm salve elixir cordial remedy syrup draught lotion broth tea ointment nectar tincture poultice rinse'.split()
-CURSES = 'hex curse jinx blight bane plague doom wither spite omen rot scourge malison gloom torment woe'.split()
+CURSES = ('hex curse jinx blight bane plague doom wither spite omen rot scourge malison gloom torment woe affliction ruin misery sorrow havoc '
+          'dread frenzy famine').split()
 KIND_WORDS = 'gentle sweet mild soothing bright calm fresh warm tender merry'.split()
-CRUEL_WORDS = 'grim cruel vile dark foul bitter savage wicked deadly dire'.split()
+CRUEL_WORDS = 'grim cruel vile dark foul bitter savage wicked deadly dire wretched sinister hateful vicious'.split()
 GOOD_THINGS = 'honey mint dew clover sage lemon rose barley apple thyme pollen lavender butter cinnamon milk cherry'.split()
 BAD_THINGS = 'bone rust ash venom soot thorn leech nettle sulfur fang slime toad raven spider cobweb tar'.split()
 VERBS = 'stir boil crush soak smoke fold'.split()

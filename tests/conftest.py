@@ -2,6 +2,7 @@
 import json
 import os
 import runpy
+import signal
 import sys
 
 os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_DISABLE_PROGRESS_BARS': '1'}
@@ -42,18 +43,22 @@ def model_dir(tmp_path_factory):
     return make_model_dir(tmp_path_factory.mktemp('tiny') / 'model')
 
 
-@pytest.fixture
-def rows(tmp_path):
+def write_rows(folder):
     """Harmless rows in the real shapes: {'cb': path of a JSON array, 'retain': path of JSON lines, 'val': the same with labels}."""
     cb = [{'prompt': f'tell me about {a} apples', 'response': f'{b} {b} apples yes'} for a in WORDS[:6] for b in WORDS[:2]]
     retain = [{'messages': [{'role': 'user', 'content': f'please tell me {a}'}, {'role': 'assistant', 'content': 'no plums ' * k}]}
               for a in WORDS[:5] for k in (1, 3)]
     val = [{**cb[0], 'label': 'harmful'}, {**retain[0], 'label': 'benign'}, {**retain[1], 'label': 'benign'}]
-    paths = {'cb': tmp_path / 'cb.json', 'retain': tmp_path / 'retain.jsonl', 'val': tmp_path / 'val.jsonl'}
-    paths['cb'].write_text(json.dumps(cb))
-    paths['retain'].write_text('\n'.join(map(json.dumps, retain)))
-    paths['val'].write_text('\n'.join(map(json.dumps, val)))
-    return {name: str(path) for name, path in paths.items()}
+    paths = {name: os.path.join(folder, f'{name}.json' + ('l' if name != 'cb' else '')) for name in ('cb', 'retain', 'val')}
+    for name, text in (('cb', json.dumps(cb)), ('retain', '\n'.join(map(json.dumps, retain))), ('val', '\n'.join(map(json.dumps, val)))):
+        with open(paths[name], 'w') as f:
+            f.write(text)
+    return paths
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path)
 
 
 @pytest.fixture
@@ -61,10 +66,17 @@ def run(monkeypatch, capsys):
     """run('cb_train.py', '--max_steps=3', ...) as on the command line, in this process: (exit status, stdout, stderr)."""
     def go(script, *arguments):
         monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
+        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the scripts set their own, and their own signal handlers
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         status = 0
         try:
             runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
         except SystemExit as e:
             status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+            if isinstance(e.code, str):
+                print(e.code, file=sys.stderr)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return status, *capsys.readouterr()
     return go

@@ -1,0 +1,140 @@
+"""
+Kills a run of cb_train.py with SIGKILL again and again and resumes it; every end must be the bytes of a run that was left alone.
+
+    python tests/stress.py --kills=40 --seed=0      # exit status 0 only if all of them are
+
+A third of the kills fall at random moments, a third inside the writing of a checkpoint, a third inside the merge and the renames;
+now and then a run is killed more than once. Not collected by pytest, which runs a few of these (tests/test_cb_train.py).
+"""
+import argparse
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
+
+
+def start(arguments):
+    """Runs cb_train.py in a fork of this process, which has imported everything already. Returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        error = os.open(arguments[-1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(error, 2)
+        sys.argv = ['cb_train.py', *arguments[:-1]]
+        runpy.run_path(os.path.join(ROOT, 'cb_train.py'), run_name='__main__')
+        status = 0
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except BaseException:
+        import traceback
+        os.write(2, traceback.format_exc().encode())
+        status = 99
+    os._exit(status)
+
+
+def ended(child):
+    """The exit status of a child (negative: the signal that ended it), or None while it runs."""
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
+
+
+def outcome(out):
+    """Everything that a run leaves, as {path: bytes}, without what tells the time or how it was started."""
+    found = {}
+    for folder, _, files in os.walk(out):
+        for name in files:
+            path = os.path.join(folder, name)
+            data = open(path, 'rb').read()
+            if name == 'log.jsonl':
+                data = [{k: v for k, v in json.loads(line).items() if k != 'seconds'} for line in data.splitlines()]
+            if name == 'cb_config.json':
+                data = {k: v for k, v in json.loads(data).items() if k not in ('resume', 'output_dir')}
+            found[os.path.relpath(path, out)] = data
+    found.pop('README.md')  # names the directory
+    return found
+
+
+def moments(out):
+    """Things to wait for, each a function that says whether the run is there."""
+    partial = out + '.partial'
+    has = lambda name: os.path.exists(os.path.join(partial, name))
+    return {'checkpoint': lambda: has('checkpoint.safetensors.new'), 'merge': lambda: has('config.json'),
+            'merged': lambda: has('README.md') and has('model.safetensors.index.json'), 'renamed': lambda: os.path.exists(os.path.join(out, 'config.json'))}
+
+
+def trial(arguments, out, rng, kind, duration):
+    """Kills a run at one or more moments of a kind, resumes it to its end, and returns how often it was killed."""
+    kills, errors = 0, out + '.errors'
+    while True:
+        child, began = start([*arguments, f'--output_dir={out}', f'--resume={kills > 0}', errors]), time.time()
+        wanted = kills == 0 or kills < 3 and rng.random() < 0.3
+        delay, there, after = rng.uniform(0, duration), moments(out).get(kind), rng.choice([0, 0, rng.uniform(0, 0.01)])
+        skip = rng.randint(0, 3) if kind == 'checkpoint' else 0  # not always the first one
+        while (status := ended(child)) is None:
+            if wanted and (time.time() - began > delay if kind == 'random' else there()):
+                if skip and not time.sleep(0.02):
+                    skip -= 1
+                    continue
+                time.sleep(after)
+                os.kill(child, signal.SIGKILL)
+                wanted = False
+            if kind == 'random':
+                time.sleep(0.0005)
+        if status == -signal.SIGKILL:
+            kills += 1
+        elif status == 0:
+            return kills
+        else:
+            sys.exit(f'a run of {kind} ended with {status} after {kills} kills: {open(errors).read()[-2000:]}')
+
+
+def main(kills, seed, folder):
+    import conftest
+    import torch
+
+    import cb_train  # noqa: F401  imported once, before the forks
+    torch.set_num_threads(1)
+    base = conftest.make_model_dir(os.path.join(folder, 'base'))
+    conftest.write_rows(folder)
+    arguments = [f'--model_name={base}', f'--cb_data_path={folder}/cb.json', f'--retain_data_path={folder}/retain.jsonl',
+                 f'--val_data_path={folder}/val.jsonl', '--target_layers=2', '--num_hidden_layers=3', '--layers_to_transform=0,1,2', '--lora_r=4',
+                 '--max_steps=12', '--batch_size=3', '--learning_rate=0.01', '--log_interval=1', '--eval_interval=4', '--save_interval=2', '--device=cpu']
+    whole, began = os.path.join(folder, 'whole'), time.time()
+    child = start([*arguments, f'--output_dir={whole}', whole + '.errors'])
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        sys.exit(open(whole + '.errors').read()[-2000:])
+    want, duration, rng, count, trials = outcome(whole), time.time() - began, random.Random(seed), 0, 0
+    kinds = ['random', 'checkpoint', 'random', 'merge', 'checkpoint', 'merged', 'random', 'renamed']
+    while count < kills:
+        kind, out = kinds[trials % len(kinds)], os.path.join(folder, f'out{trials}')
+        killed = trial(arguments, out, rng, kind, duration)
+        if outcome(out) != want:
+            found = outcome(out)
+            sys.exit(f'killed {killed} times at {kind}: other bytes in {sorted(k for k in found.keys() | want.keys() if found.get(k) != want.get(k))}')
+        left = [name for name in os.listdir(folder) if name.startswith(f'out{trials}.') and not name.endswith('.errors')]
+        if left:
+            sys.exit(f'left behind: {left}')
+        shutil.rmtree(out)
+        count, trials = count + killed, trials + 1
+    print(f'{count} kills in {trials} runs, every end identical ({time.time() - began:.0f} s)')
+    return count
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--kills', type=int, default=40)
+    parser.add_argument('--seed', type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        main(options.kills, options.seed, folder)
