@@ -575,19 +575,19 @@ def base_files(model_dir):
     return {name: [(stat := os.stat(os.path.join(model_dir, name))).st_size, stat.st_mtime_ns] for name in files}
 
 
-def lock(folder):
-    """Keeps a folder for this process until it ends; ends with one line if another run has it. Returns what must stay referenced."""
-    handle = os.open(folder, os.O_RDONLY)
+def open_log(path):
+    """log.jsonl, to append to; as long as it is open no other run can have it. Ends with one line if another has."""
+    log = open(path, 'a', encoding='utf-8')
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        fail(f'output_dir: another run is writing {folder}; wait for it or choose another')
-    return handle
+        fail(f'output_dir: another run is writing {path}; wait for it or choose another')
+    return log
 
 
 def fault(kind, error, trace):
     """sys.excepthook: what the machine does to a run is one line, and the exit status 1; a traceback is for bugs."""
-    text = str(error)
+    text = str(error.args[0][0][2] if issubclass(kind, shutil.Error) else error)  # copytree gathers one a file
     if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         line = 'out of memory: lower batch_size and raise gradient_accumulation_steps by as much, or set gradient_checkpointing=True, or lower max_seq_length'
     elif issubclass(kind, (OSError, safetensors.SafetensorError)):
@@ -652,8 +652,9 @@ def check_writable(output_dir):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         fail(f'output_dir: {folder} is no folder that can be written; choose another')
-    if os.path.isdir(output_dir + '.partial'):
-        os.close(lock(output_dir + '.partial'))
+    log_path = os.path.join(output_dir + '.partial', 'log.jsonl')
+    if os.path.isfile(log_path):
+        open_log(log_path).close()
 
 
 def check_model(model_dir, c):
@@ -769,15 +770,13 @@ if __name__ == '__main__':
 
     # the output directory is ours from here on: emptied, or cut back to the checkpoint
     os.makedirs(partial, exist_ok=True)
-    held = lock(partial)
+    log = open_log(log_path)
+    log.truncate(state['log_bytes'])
     if tensors:
         restore(tensors, named_loras, optimizer)
-        os.truncate(log_path, state['log_bytes'])
     else:
-        for name in os.listdir(partial):
-            path = os.path.join(partial, name)
+        for path in (os.path.join(partial, name) for name in os.listdir(partial) if name != 'log.jsonl'):
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        open(log_path, 'w').close()
         save_checkpoint(checkpoint_path, named_loras, optimizer, state)
     print(' | '.join(f'{name} {version}' for name, version in versions().items()) + f' | {device}, {model.dtype}')
     print('\n'.join(f'{name} = {value!r}' for name, value in config.items()))
@@ -840,8 +839,7 @@ if __name__ == '__main__':
                 record |= validate(model, val_sets, loras, target_layers, batch_size, device)
                 line += ' | val retain {val_retain_loss:.4f} cos {val_retain_cos:.3f} cb {val_cb_loss:.4f} cos {val_cb_cos:.3f}'.format(**record)
             tqdm.write(line)
-            with open(log_path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps(record) + '\n')
+            print(json.dumps(record), file=log, flush=True)
         if last or stopped or (step + 1) % save_interval == 0:
             state |= {'step': step + 1, 'seconds': time.time() - start, 'log_bytes': os.path.getsize(log_path), 'record': record}
             save_checkpoint(checkpoint_path, named_loras, optimizer, state)

@@ -1,4 +1,6 @@
 """A tiny random model, rows and a way to run a script in this process, for all tests."""
+import gc
+import io
 import json
 import os
 import runpy
@@ -66,7 +68,7 @@ def run(monkeypatch, capsys):
     """run('cb_train.py', '--max_steps=3', ...) as on the command line, in this process: (exit status, stdout, stderr)."""
     def go(script, *arguments):
         monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
-        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the scripts set their own, and their own signal handlers
+        hook = sys.excepthook  # the scripts set their own, and signal handlers
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         status = 0
         try:
@@ -75,8 +77,15 @@ def run(monkeypatch, capsys):
             status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
             if isinstance(e.code, str):
                 print(e.code, file=sys.stderr)
+        except BaseException:  # as the interpreter does
+            sys.excepthook(*sys.exc_info())
+            status = 1
         finally:
+            sys.excepthook = hook
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            for item in gc.get_objects():  # a process that ends closes its files
+                if type(item) is io.TextIOWrapper and not item.closed and str(getattr(item.buffer, 'name', '')).endswith('log.jsonl'):
+                    item.close()
         return status, *capsys.readouterr()
     return go

@@ -1,18 +1,23 @@
 """
-Kills a run of cb_train.py with SIGKILL again and again and resumes it; every end must be the bytes of a run that was left alone.
+Does to a run of cb_train.py what a machine does, and resumes it; every end must be the bytes of a run that was left alone.
 
-    python tests/stress.py --kills=40 --seed=0      # exit status 0 only if all of them are
+    python tests/stress.py --kills=40 --disks=12 --seed=0      # exit status 0 only if all of them are
 
-A third of the kills fall at random moments, a third inside the writing of a checkpoint, a third inside the merge and the renames;
-now and then a run is killed more than once. Not collected by pytest, which runs a few of these (tests/test_cb_train.py).
+Kills: SIGKILL at random moments, inside the writing of a checkpoint, inside the merge and the renames, some runs more than once;
+SIGINT and SIGTERM while it trains. Disks: the room that a run may write is limited to more and more, so that it runs out at every
+kind of write; the run must end with one line and exit status 1, and the output that was there before must be whole.
+Not collected by pytest, which runs a few of these (tests/test_cb_train.py).
 """
 import argparse
 import json
 import os
 import random
+import re
+import resource
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,12 +26,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 
 
-def start(arguments):
-    """Runs cb_train.py in a fork of this process, which has imported everything already. Returns its process id."""
+def start(arguments, room=None):
+    """
+    Runs cb_train.py in a fork of this process, which has imported everything already, its errors written to the last argument.
+    With room, no file of it may be larger than so many bytes. Returns its process id.
+    """
     child = os.fork()
     if child:
         return child
     try:
+        if room is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         error = os.open(arguments[-1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -36,10 +46,12 @@ def start(arguments):
         status = 0
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-    except BaseException:
-        import traceback
-        os.write(2, traceback.format_exc().encode())
-        status = 99
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+    except BaseException:  # as the interpreter does
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    sys.stderr.flush()
     os._exit(status)
 
 
@@ -70,12 +82,14 @@ def moments(out):
     partial = out + '.partial'
     has = lambda name: os.path.exists(os.path.join(partial, name))
     return {'checkpoint': lambda: has('checkpoint.safetensors.new'), 'merge': lambda: has('config.json'),
+            'SIGINT': lambda: has('log.jsonl'), 'SIGTERM': lambda: has('log.jsonl') and os.path.getsize(os.path.join(partial, 'log.jsonl')) > 1500,
             'merged': lambda: has('README.md') and has('model.safetensors.index.json'), 'renamed': lambda: os.path.exists(os.path.join(out, 'config.json'))}
 
 
 def trial(arguments, out, rng, kind, duration):
     """Kills a run at one or more moments of a kind, resumes it to its end, and returns how often it was killed."""
     kills, errors = 0, out + '.errors'
+    sent = getattr(signal, kind, signal.SIGKILL)  # SIGINT and SIGTERM let the step finish
     while True:
         child, began = start([*arguments, f'--output_dir={out}', f'--resume={kills > 0}', errors]), time.time()
         wanted = kills == 0 or kills < 3 and rng.random() < 0.3
@@ -87,11 +101,11 @@ def trial(arguments, out, rng, kind, duration):
                     skip -= 1
                     continue
                 time.sleep(after)
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, sent)
                 wanted = False
             if kind == 'random':
                 time.sleep(0.0005)
-        if status == -signal.SIGKILL:
+        if status == -signal.SIGKILL or status == 128 + sent and '--resume=True' in open(errors).read().splitlines()[-1]:
             kills += 1
         elif status == 0:
             return kills
@@ -99,7 +113,7 @@ def trial(arguments, out, rng, kind, duration):
             sys.exit(f'a run of {kind} ended with {status} after {kills} kills: {open(errors).read()[-2000:]}')
 
 
-def main(kills, seed, folder):
+def main(kills, disks, seed, folder):
     import conftest
     import torch
 
@@ -115,7 +129,7 @@ def main(kills, seed, folder):
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
         sys.exit(open(whole + '.errors').read()[-2000:])
     want, duration, rng, count, trials = outcome(whole), time.time() - began, random.Random(seed), 0, 0
-    kinds = ['random', 'checkpoint', 'random', 'merge', 'checkpoint', 'merged', 'random', 'renamed']
+    kinds = ['random', 'checkpoint', 'SIGINT', 'merge', 'checkpoint', 'merged', 'random', 'SIGTERM', 'renamed']
     while count < kills:
         kind, out = kinds[trials % len(kinds)], os.path.join(folder, f'out{trials}')
         killed = trial(arguments, out, rng, kind, duration)
@@ -128,13 +142,35 @@ def main(kills, seed, folder):
         shutil.rmtree(out)
         count, trials = count + killed, trials + 1
     print(f'{count} kills in {trials} runs, every end identical ({time.time() - began:.0f} s)')
-    return count
+    full_disks(arguments, whole, want, disks, folder)
+
+
+def full_disks(arguments, whole, want, disks, folder):
+    """Runs of which the disk takes less than they write: on a small tmpfs or, where none can be mounted, with a limit on each file."""
+    size = lambda out: sum(os.path.getsize(os.path.join(path, name)) + 4096 for path, _, files in os.walk(out) for name in files)
+    disk, began, lines = os.path.join(folder, 'disk'), time.time(), set()
+    os.mkdir(disk)
+    for i in range(disks):
+        room = size(whole) * (i + 1) // disks
+        mounted = not subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size(whole) + room}', 'tmpfs', disk], capture_output=True).returncode
+        out, errors = os.path.join(disk, 'out'), os.path.join(folder, f'disk{i}.errors')
+        shutil.copytree(whole, out)
+        child = start([*arguments, f'--output_dir={out}', '--overwrite=True', errors], None if mounted else room // 10)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        line, found = open(errors).read().splitlines()[-1] if status else '', outcome(out)
+        subprocess.run(['umount', disk]) if mounted else shutil.rmtree(out)
+        if status not in (0, 1) or status == 1 and not line.startswith('fault: ') or found != want:
+            sys.exit(f'a disk with room for {room} bytes: status {status}, {line}; what was there before is {"whole" if found == want else "lost"}')
+        lines.add(re.sub(r'\d[\d,]*', 'N', line.replace(disk, 'DISK')))
+    print(f'{disks} full disks ({"tmpfs" if mounted else "limited files"}), every earlier output whole ({time.time() - began:.0f} s); the lines were:')
+    print('\n'.join(sorted(lines)))
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser()
     parser.add_argument('--kills', type=int, default=40)
+    parser.add_argument('--disks', type=int, default=12)
     parser.add_argument('--seed', type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        main(options.kills, options.seed, folder)
+        main(options.kills, options.disks, options.seed, folder)

@@ -1,12 +1,13 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
-from conftest import SHAPE, make_model_dir
+from conftest import ROOT, SHAPE, make_model_dir
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -348,6 +349,123 @@ def test_a_bfloat16_checkpoint_can_be_trained_in_float32_and_is_still_stored_in_
     status, _, err = run('cb_train.py', *arguments, f'--model_name={base}', '--dtype=float32')
     assert status == 0, err
     assert {tensor.dtype for tensor in tensors_of(tmp_path / 'out').values()} == {torch.bfloat16}
+
+
+@pytest.fixture
+def interrupted(run, arguments, monkeypatch):
+    """A run that was trained to its end and could not merge: the disk was full. Its arguments; output_dir.partial holds its checkpoint."""
+    def full(*_, **__):
+        raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as patch:
+        patch.setattr('shutil.copytree', full)
+        status, _, err = run('cb_train.py', *arguments)
+    assert status == 1 and err.count('\n') == 1 and 'the disk is full' in err, err
+    return arguments
+
+
+def test_a_resumed_run_ends_as_if_nothing_had_happened(run, interrupted, tmp_path):
+    assert run('cb_train.py', *interrupted, f'--output_dir={tmp_path / "whole"}')[0] == 0
+    status, out, err = run('cb_train.py', *interrupted, '--resume=True')
+    assert status == 0 and 'resumed at step 4' in out, err
+    ours, theirs = tensors_of(tmp_path / 'out'), tensors_of(tmp_path / 'whole')
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+    assert sorted(os.listdir(tmp_path / 'out')) == sorted(os.listdir(tmp_path / 'whole')) and not (tmp_path / 'out.partial').exists()
+    status, out, _ = run('cb_train.py', *interrupted, '--resume=True')
+    assert status == 0 and 'complete already' in out
+
+
+def test_killed_signalled_and_out_of_disk_a_run_resumes_to_the_same_bytes():
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'tests', 'stress.py'), '--kills=6', '--disks=6'], capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0 and 'every end identical' in done.stdout and 'every earlier output whole' in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize('more, words', [
+    (['--max_steps=5'], ['max_steps=5 (was 4)']), (['--learning_rate=0.1', '--seed=3'], ['learning_rate', 'seed']), (['--num_cb_examples=9'], ['the rows changed'])])
+def test_resuming_another_run_is_refused_with_what_differs(run, interrupted, tmp_path, more, words):
+    before = (tmp_path / 'out.partial' / cb_train.CHECKPOINT).read_bytes()
+    status, _, err = run('cb_train.py', *interrupted, '--resume=True', *more)
+    assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
+    assert (tmp_path / 'out.partial' / cb_train.CHECKPOINT).read_bytes() == before
+    status, _, err = run('cb_train.py', *interrupted)
+    assert status == 2 and '--resume=True to go on' in err
+
+
+@pytest.mark.parametrize('damage', [lambda data: data[:-40], lambda data: b'\xff' * 50, lambda data: b''])
+def test_a_broken_checkpoint_is_named(run, interrupted, tmp_path, damage):
+    path = tmp_path / 'out.partial' / cb_train.CHECKPOINT
+    path.write_bytes(damage(path.read_bytes()))
+    status, _, err = run('cb_train.py', *interrupted, '--resume=True')
+    assert status == 2 and cb_train.CHECKPOINT in err and 'corrupt' in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('name, damage', [
+    ('model-00001-of-00005.safetensors', lambda data: data[:-8]), ('model-00002-of-00005.safetensors', lambda data: b'\x00' * 5),
+    ('model.safetensors.index.json', lambda data: data[:-30]), ('model.safetensors.index.json', lambda data: b'[]'),
+    ('model.safetensors.index.json', lambda data: b'{"weight_map": {"a": "../escape.safetensors"}}'), ('config.json', lambda data: b'{"')])
+def test_a_broken_base_is_named_before_anything_is_loaded(run, arguments, model_dir, tmp_path, name, damage):
+    shutil.copytree(model_dir, tmp_path / 'base')
+    path = tmp_path / 'base' / name
+    path.write_bytes(damage(path.read_bytes()))
+    status, _, err = run('cb_train.py', *arguments, f'--model_name={tmp_path / "base"}')
+    assert status == 2 and (name if 'escape' not in err else 'escape') in err and err.count('\n') == 1 and not (tmp_path / 'out.partial').exists(), err
+
+
+def test_a_base_that_changed_since_the_training_is_not_merged(run, arguments, model_dir, tmp_path, monkeypatch):
+    shutil.copytree(model_dir, tmp_path / 'base')
+    real = torch.optim.AdamW.step
+
+    def touched(*more, **named):
+        os.utime(tmp_path / 'base' / 'config.json', (1, 1))
+        return real(*more, **named)
+    monkeypatch.setattr(torch.optim.AdamW, 'step', touched)
+    status, _, err = run('cb_train.py', *arguments, f'--model_name={tmp_path / "base"}')
+    assert status == 1 and 'config.json has changed' in err and not (tmp_path / 'out').exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_rows(run, arguments, rows, tmp_path):
+    status, _, err = run('cb_train.py', *arguments, '--learning_rate=1e30')
+    assert status == 1 and 'step 1' in err and f'{rows["retain"]}: row ' in err and 'checkpoint of step 0 is kept' in err and 'plums' not in err, err
+    _, tensors = cb_train.read_checkpoint(str(tmp_path / 'out.partial' / cb_train.CHECKPOINT), {'options': AnyOptions(), 'rows': Any(), 'base': Any()})
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+class Any:
+    __eq__, __ne__ = (lambda self, other: True), (lambda self, other: False)
+
+
+class AnyOptions:
+    get = __getitem__ = lambda self, name: Any()
+
+
+def test_a_second_run_on_the_same_output_is_refused(run, arguments, tmp_path):
+    (tmp_path / 'out.partial').mkdir()
+    with cb_train.open_log(tmp_path / 'out.partial' / 'log.jsonl'):
+        status, _, err = run('cb_train.py', *arguments, '--overwrite=True')
+    assert status == 2 and 'another run' in err and err.count('\n') == 1
+    assert run('cb_train.py', *arguments, '--max_steps=1', '--overwrite=True')[0] == 0
+
+
+def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, arguments, tmp_path):
+    (tmp_path / 'disk \u00e9 x').mkdir()
+    (tmp_path / 'out').symlink_to(tmp_path / 'disk \u00e9 x')
+    assert run('cb_train.py', *arguments, '--max_steps=1')[0] == 0
+    assert (tmp_path / 'out').is_symlink() and (tmp_path / 'disk \u00e9 x' / 'cb_config.json').exists()
+    (tmp_path / 'file').write_text('mine')
+    for name in ('file', 'file/below'):
+        status, _, err = run('cb_train.py', *arguments, f'--output_dir={tmp_path / name}', '--overwrite=True')
+        assert status == 2 and err.count('\n') == 1 and (tmp_path / 'file').read_text() == 'mine', err
+
+
+@pytest.mark.parametrize('error, words', [
+    (OSError(28, 'No space left on device'), 'the disk is full'), (torch.OutOfMemoryError('x'), 'lower batch_size'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'lower batch_size'), (OSError(5, 'Input/output error'), 'the disk failed')])
+def test_what_the_machine_does_is_one_line_and_a_bug_is_a_traceback(capsys, error, words):
+    cb_train.fault(type(error), error, None)
+    err = capsys.readouterr().err
+    assert words in err and err.count('\n') == 1
+    cb_train.fault(KeyError, KeyError('x'), None)
+    assert 'KeyError' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('more, words', [

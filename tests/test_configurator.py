@@ -1,4 +1,9 @@
+import contextlib
+import io
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import configurator
 
@@ -78,3 +83,29 @@ def test_help_prints_every_option_with_its_current_value_and_comment(script, cap
     out = capsys.readouterr().out
     assert e.value.code == 0 and 'What it does.' in out and 'numbers' in out and '--layers=[10, 20]' in out and 'a switch' in out
     assert any('--steps=3' in line and 'how many' in line for line in out.splitlines())
+
+
+NAME = st.one_of(st.sampled_from(['steps', 'rate', 'flag', 'name', 'layers', 'words', 'help', 'beams', 'stepz']), st.text(max_size=6))
+TEXT = st.one_of(st.text(max_size=12), st.sampled_from(['1e3', '-1', '1e999', 'nan', '9' * 5000, '[5,6]', '[', '5,,6', 'True', 'none', '', '--rate', 'a=b']))
+ARGUMENT = st.one_of(st.tuples(NAME, TEXT).map(lambda pair: f'--{pair[0]}={pair[1]}'), NAME.map(lambda name: f'--{name}'), TEXT,
+                     st.sampled_from(['c.py', 'c \u00e9.py', '--help']))
+LINE = st.one_of(st.tuples(NAME, st.one_of(TEXT, st.integers().map(repr), st.lists(st.integers(), max_size=3).map(repr))).map(' = '.join), st.text(max_size=20))
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@given(arguments=st.lists(ARGUMENT, max_size=4), lines=st.lists(LINE, max_size=3))
+def test_any_command_line_and_config_file_is_options_or_one_line_and_status_2(tmp_path_factory, arguments, lines):
+    folder = tmp_path_factory.getbasetemp() / 'any'
+    folder.mkdir(exist_ok=True)
+    (folder / 'script.py').write_text(SCRIPT)
+    for name in ('c.py', 'c \u00e9.py'):
+        (folder / name).write_text('\n'.join(lines))
+    arguments = [str(folder / argument) if argument.endswith('.py') and not argument.startswith('--') else argument for argument in arguments]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            config = configurator.configure(str(folder / 'script.py'), arguments)
+    except SystemExit as e:
+        assert (e.code == 2 and err.getvalue().count('\n') == 1) or (e.code == 0 and 'What it does.' in out.getvalue()), err.getvalue()
+    else:
+        assert list(config) == ['steps', 'rate', 'flag', 'name', 'layers', 'words'] and type(config['steps']) is int and type(config['rate']) is float

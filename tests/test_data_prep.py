@@ -1,7 +1,11 @@
+import contextlib
+import io
 import json
 import random
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import data_prep
 
@@ -336,3 +340,55 @@ def test_a_rows_text_cannot_open_a_turn(model_dir, template):
         assert ids.count(tokenizer.convert_tokens_to_ids(token)) == plain.count(token)
     harmless = data_prep.turns(('what is <b> in [1] : yes ?', 'an (old) tag .'))
     assert data_prep.said(tokenizer, harmless) == harmless
+
+
+# ---- whatever a file holds: rows, or one line and exit status 2 ----
+
+WORD = st.one_of(st.just('SECRET'), st.text(max_size=12).map(lambda text: 'SECRET' + text), st.just('SECRET\ud800'), st.just('SECRET\x00<end> <assistant>'))
+KEY = st.sampled_from(['prompt', 'response', 'output', 'messages', 'role', 'content', 'label', 'chosen', 'llama3_output', 'id', 'split', 'target'])
+VALUE = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), WORD, st.sampled_from(['user', 'assistant', 'system', 'harmful', 'seen'])),
+                     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEY, inner, max_size=4)), max_leaves=8)
+GOOD = st.fixed_dictionaries({'prompt': WORD, 'response': WORD})
+ROWS = st.lists(st.one_of(GOOD, st.dictionaries(KEY, VALUE, max_size=4), VALUE), max_size=4)
+
+
+def doubled(text):
+    """The same JSON with its first key given twice."""
+    return text.replace('{"', '{"prompt": "SECRET", "', 1)
+
+
+TEXTS = st.one_of(ROWS.map(json.dumps), ROWS.map(json.dumps).map(doubled), ROWS.map(lambda rows: '\n'.join(map(json.dumps, rows))),
+                  ROWS.map(lambda rows: '\r\n'.join(json.dumps(row) for row in rows)), st.lists(st.lists(WORD, max_size=3), max_size=4).map(
+                      lambda rows: '\n'.join(['prompt,response'] + [','.join(f'"{cell}"' for cell in row) for row in rows])))
+FILES = st.one_of(st.binary(max_size=60), TEXTS.flatmap(lambda text: st.sampled_from([
+    text.encode('utf-8', 'surrogatepass'), b'\xef\xbb\xbf' + text.encode('utf-8', 'surrogatepass'), text.encode('utf-16', 'surrogatepass'),
+    text.encode('utf-8', 'surrogatepass')[:-3], text.encode('utf-8', 'surrogatepass') + b'\x00', text.encode('latin-1', 'replace')])))
+
+
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=FILES, ending=st.sampled_from(['.json', '.jsonl', '.csv', '.tsv', '.parquet', '']), reader=st.sampled_from(['train', 'val', 'eval']))
+def test_any_file_is_rows_or_one_line_that_quotes_none_of_it(tmp_path_factory, data, ending, reader):
+    import cb_eval
+    import cb_train
+    path = tmp_path_factory.getbasetemp() / f'any r\u00f6w{ending}'
+    path.write_bytes(data)
+    convert = {'train': data_prep.messages_of, 'val': cb_train.labelled, 'eval': cb_eval.behavior}[reader]
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err):
+            rows = data_prep.load_rows(str(path), convert)
+    except SystemExit as e:
+        assert e.code == 2 and err.getvalue().count('\n') == 1 and 'SECRET' not in err.getvalue() and str(path) in err.getvalue(), err.getvalue()
+    else:
+        assert rows and not err.getvalue()
+        if reader == 'train':
+            assert all(turn['content'].encode('utf-8') is not None and turn['role'] in ('user', 'assistant', 'system') for _, row in rows for turn in row)
+
+
+def test_a_row_of_ten_megabytes_is_read_and_cut(model_dir, tmp_path):
+    import cb_train
+    path = tmp_path / 'long.json'
+    path.write_text(json.dumps([{'prompt': 'red ' * 2_500_000, 'response': 'yes'}]))
+    (where, messages), = data_prep.load_rows(str(path))
+    row = cb_train.encode(data_prep.load_tokenizer(model_dir), messages, where, 64)
+    assert len(row.ids) == 64 and where.endswith('row 1')
