@@ -31,7 +31,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from configurator import configure, fail
+from configurator import configure, fail, fault
 from data_prep import one_bos, read_rows
 
 # -----------------------------------------------------------------------------------------------------------------------
@@ -168,6 +168,7 @@ def table(results):
 
 
 if __name__ == '__main__':
+    sys.excepthook = fault
     config = configure(__file__, sys.argv[1:])
     globals().update(config)  # from here on every option is a plain name, as in the block above
     for name in ('num_examples', 'max_new_tokens', 'eval_batch_size'):

@@ -29,7 +29,6 @@ Shapes: B rows, T tokens of a row, D width, L hidden states compared, V vocabula
 import collections
 import contextlib
 import datetime
-import errno
 import fcntl
 import functools
 import hashlib
@@ -58,7 +57,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel
 
-from configurator import configure, fail
+from configurator import configure, fail, fault
 from data_prep import BENIGN_ANSWERS, HARMFUL_ANSWERS, hub_trouble, load_rows, load_tokenizer, messages_of, numbered_rows, template_ids
 
 # -----------------------------------------------------------------------------------------------------------------------
@@ -583,19 +582,6 @@ def open_log(path):
     except OSError:
         fail(f'output_dir: another run is writing {path}; wait for it or choose another')
     return log
-
-
-def fault(kind, error, trace):
-    """sys.excepthook: what the machine does to a run is one line, and the exit status 1; a traceback is for bugs."""
-    text = str(error.args[0][0][2] if issubclass(kind, shutil.Error) else error)  # copytree gathers one a file
-    if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        line = 'out of memory: lower batch_size and raise gradient_accumulation_steps by as much, or set gradient_checkpointing=True, or lower max_seq_length'
-    elif issubclass(kind, (OSError, safetensors.SafetensorError)):
-        full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search('No space|File too large|quota', text)
-        line = f'{"the disk is full" if full else "the disk failed"}: {text}; what was there before is whole, and --resume=True goes on from the last checkpoint'
-    else:
-        return sys.__excepthook__(kind, error, trace)
-    print('fault: ' + ' '.join(line.split()), file=sys.stderr)
 
 
 def stop_now(number, frame):

@@ -10,11 +10,13 @@ while the command line takes only the options of the script that is run. A mista
 """
 import ast
 import difflib
+import errno
 import glob
 import math
 import os
 import re
 import runpy
+import shutil
 import sys
 import traceback
 import types
@@ -26,6 +28,22 @@ def fail(message):
     """Ends the program for a mistake of its user: one line on stderr, exit status 2."""
     print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
     sys.exit(2)
+
+
+def fault(kind, error, trace):
+    """A sys.excepthook: what the machine does to a run is one line, and the exit status 1; a traceback is for bugs."""
+    text = str(error.args[0][0][2] if issubclass(kind, shutil.Error) else error)  # copytree gathers one a file
+    if kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError) or "can't allocate memory" in text:
+        line = 'out of memory: lower the batch size, raising gradient_accumulation_steps by as much, set gradient_checkpointing=True, or lower max_seq_length'
+    elif issubclass(kind, OSError) or kind.__name__ == 'SafetensorError':
+        full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search('No space|File too large|quota', text)
+        line = (f'{"the disk is full" if full else "the disk failed"}: {text}; the output that was there before is whole, and a training run goes on '
+                'from its last checkpoint with --resume=True')
+    elif issubclass(kind, KeyboardInterrupt):
+        line = 'interrupted: the output that was there before is whole'
+    else:
+        return sys.__excepthook__(kind, error, trace)
+    print('fault: ' + ' '.join(line.split()), file=sys.stderr)
 
 
 def options(script):

@@ -52,7 +52,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from configurator import configure, fail
+from configurator import configure, fail, fault
 
 # -----------------------------------------------------------------------------------------------------------------------
 out = ''              # where to write ['' = data/toy, data/NAME; data/sample.json for sample]
@@ -622,12 +622,15 @@ def write_rows(path, rows):
 
 
 def replace(out, partial):
-    """Moves what was written under a temporary name to where it belongs."""
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    """Moves a folder that was written under a temporary name to where it belongs; what was there goes last."""
+    if os.path.exists(out):
+        os.rename(out, out + '.old')
+    os.rename(partial, out)
+    shutil.rmtree(out + '.old', ignore_errors=True)
 
 
 if __name__ == '__main__':
+    sys.excepthook = fault
     command, arguments = (sys.argv[1:2] or ['--help'])[0], sys.argv[2:]
     here = os.path.dirname(os.path.abspath(__file__))
     recipes = sorted(name[:-3] for name in os.listdir(os.path.join(here, 'config')) if name.endswith('.py') and not name.startswith('toy'))

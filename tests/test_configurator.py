@@ -85,6 +85,18 @@ def test_help_prints_every_option_with_its_current_value_and_comment(script, cap
     assert any('--steps=3' in line and 'how many' in line for line in out.splitlines())
 
 
+@pytest.mark.parametrize('error, words', [
+    (OSError(28, 'No space left on device'), 'the disk is full'), (type('OutOfMemoryError', (RuntimeError,), {})('x'), 'lower the batch size'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'lower the batch size'), (OSError(5, 'Input/output error'), 'the disk failed'),
+    (KeyboardInterrupt(), 'interrupted')])
+def test_what_the_machine_does_is_one_line_and_a_bug_is_a_traceback(capsys, error, words):
+    configurator.fault(type(error), error, None)
+    err = capsys.readouterr().err
+    assert words in err and err.count('\n') == 1
+    configurator.fault(KeyError, KeyError('x'), None)
+    assert 'KeyError' in capsys.readouterr().err
+
+
 NAME = st.one_of(st.sampled_from(['steps', 'rate', 'flag', 'name', 'layers', 'words', 'help', 'beams', 'stepz']), st.text(max_size=6))
 TEXT = st.one_of(st.text(max_size=12), st.sampled_from(['1e3', '-1', '1e999', 'nan', '9' * 5000, '[5,6]', '[', '5,,6', 'True', 'none', '', '--rate', 'a=b']))
 ARGUMENT = st.one_of(st.tuples(NAME, TEXT).map(lambda pair: f'--{pair[0]}={pair[1]}'), NAME.map(lambda name: f'--{name}'), TEXT,
