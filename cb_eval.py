@@ -29,16 +29,17 @@ import sys
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from configurator import configure, fail, fault
-from data_prep import one_bos, read_rows
+from data_prep import load_tokenizer, one_bos, read_rows, unicode
 
 # -----------------------------------------------------------------------------------------------------------------------
 model_name = 'meta-llama/Meta-Llama-3-8B-Instruct'  # the base: a model directory or a hub id
 output_dir = 'out/cb'        # the circuit-broken model, written by cb_train.py
-behaviors_path = 'data/toy/behaviors.jsonl'  # rows of {id, label, split, prompt or messages, target, response}
-templates_path = 'data/toy/templates.txt'    # jailbreak templates, one a line, {prompt} for the request
+behaviors_path = ''          # rows of {id, label, split, prompt or messages, target, response}; needed without a prompt
+templates_path = ''          # jailbreak templates, one a line, {prompt} for the request; needed without a prompt
+chat_template = ''           # a file with the chat template of both models ['' = the tokenizers' own]
 num_examples = 100           # rows of each set and split, at most
 max_new_tokens = 48          # of an answer
 eval_batch_size = 100        # prompts generated at a time
@@ -66,7 +67,9 @@ def behavior(row):
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and isinstance(m.get('role'), str) and
                                                             isinstance(m.get('content'), str) for m in messages) and messages[-1]['role'] == 'user'):
         raise ValueError('"messages" wants a list of {"role", "content"}, a user\'s message last')
-    return {**row, 'messages': messages}
+    if not steps(row['response'].strip().removeprefix(row['target'])):
+        raise ValueError('"response" holds nothing but its "target"; the true answer wanted')
+    return {**row, 'messages': unicode(messages)}
 
 
 def attacked(row, attack, template):
@@ -80,7 +83,10 @@ def attacked(row, attack, template):
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size):
     """Greedy answers to [(messages, given start)], in order: longest prompts first, so that a batch holds similar lengths."""
-    texts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + start for messages, start in prompts]
+    try:
+        texts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + start for messages, start in prompts]
+    except Exception as e:  # jinja's, raised by the template itself
+        fail(f'the chat template refuses a request of behaviors_path ({type(e).__name__}); see its roles, or give --chat_template=FILE')
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     answers = [''] * len(texts)
     for i in tqdm(range(0, len(order), batch_size), desc='generate', disable=None, leave=False):
@@ -118,15 +124,13 @@ def wilson(k, n, z=1.959964):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def load(path, device, dtype):
+def load(path, device, dtype, chat_template=''):
     """A model and its tokenizer, by plain transformers. Ends with one line if there is none or it cannot chat."""
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as e:
         fail(f'{path}: not a model that transformers can load ({type(e).__name__}); a directory or a hub id with safetensors wanted')
-    if not tokenizer.chat_template:
-        fail(f'{path}: the tokenizer has no chat template; an instruction-tuned model is wanted')
+    tokenizer = load_tokenizer(path, chat_template)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model, tokenizer
 
@@ -177,8 +181,12 @@ if __name__ == '__main__':
     if dtype not in ('auto', 'float32', 'bfloat16', 'float16') or not re.fullmatch(r'auto|cpu|cuda(:\d+)?|mps', device):
         fail(f'device={device}, dtype={dtype} found; auto, cpu, cuda, cuda:N or mps, and auto, float32, bfloat16 or float16 wanted')
     if not os.path.isfile(os.path.join(output_dir, 'config.json')):
-        fail(f'output_dir: {output_dir} holds no model; train it first: python cb_train.py with the same config')
+        fail(f'output_dir: {output_dir} holds no merged model; train it first: python cb_train.py with the same config')
+    if device not in ('auto', 'cpu') and not (torch.cuda.is_available() if device.startswith('cuda') else torch.backends.mps.is_available()):
+        fail(f'device={device} found, but there is no such device here')
     if not prompt:
+        if not behaviors_path or not templates_path:
+            fail('behaviors_path and templates_path are wanted, or a prompt: --prompt="..."')
         rows = read_rows(behaviors_path, behavior)
         if not os.path.isfile(templates_path):
             fail(f'templates_path: {templates_path}: there is no such file')
@@ -193,7 +201,7 @@ if __name__ == '__main__':
 
     results = []
     for name, path in (('base', model_name), ('circuit_breaker', output_dir)):
-        model, tokenizer = load(path, device, dtype)
+        model, tokenizer = load(path, device, dtype, chat_template)
         if prompt:
             answer = generate(model, tokenizer, [([{'role': 'user', 'content': prompt}], '')], max_new_tokens, 1)[0]
             print(f'--- {name} ({path})\n{answer}')

@@ -351,6 +351,7 @@ def batch_at(rows, step, size, seed):
 # ---- the checkpoint: truncated load, merge, adapter -------------------------------------------------------------------
 
 TORCH_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
+OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json')  # what this project writes beside a model's own files
 OTHER_WEIGHTS = ('.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt')
 
 
@@ -418,7 +419,8 @@ def truncated_config(model_dir, blocks):
 def load_decoder(model_dir, blocks, dtype, device):
     """The first `blocks` blocks of the decoder with its embedding and final norm, without the head; the rest is never read."""
     config, total = truncated_config(model_dir, blocks)
-    flash = device.startswith('cuda') and dtype != 'float32' and importlib.util.find_spec('flash_attn')
+    half = str(getattr(config, 'dtype', None) if dtype == 'auto' else dtype).rpartition('.')[2] in ('bfloat16', 'float16')
+    flash = half and device.startswith('cuda') and importlib.util.find_spec('flash_attn')
     model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
                                               attn_implementation='flash_attention_2' if flash else None)  # None: the library's choice
     dropped = re.compile(rf'(^|\.)(lm_head\.|layers\.({"|".join(map(str, range(blocks, total)))})\.)')
@@ -432,12 +434,12 @@ def merge(model_dir, output_dir, deltas):
     """
     Writes output_dir: every file of model_dir copied, and of the weights only the tensors in deltas, pairs of (linear, (out, in)
     float32), overwritten in place, added in float32 and cast once to the stored dtype. Memory: one tensor, whatever the model's
-    size. Weights in other formats and the model card are left behind: they would speak of the unmerged model.
+    size. Left behind are weights in other formats, the model card, and what an earlier run of this script wrote beside a model.
     """
     os.makedirs(output_dir, exist_ok=True)
     names = shards(model_dir)
     shutil.copytree(model_dir, output_dir, dirs_exist_ok=True, copy_function=shutil.copyfile,
-                    ignore=lambda folder, files: [f for f in files if f.startswith('.') or f.endswith(OTHER_WEIGHTS) or f == 'README.md' or
+                    ignore=lambda folder, files: [f for f in files if f.startswith('.') or f.endswith(OTHER_WEIGHTS) or f in OF_A_RUN or
                                                   (f.endswith('.safetensors') and f not in names)])
     headers = {shard: read_header(os.path.join(output_dir, shard)) for shard in names}
     shard_of = {name: shard for shard, (header, _) in headers.items() for name in header}
@@ -470,9 +472,9 @@ def read_adapter(folder, shapes, r, alpha):
     if it is none or is not what the options say; shapes: {linear: (out, in)}.
     """
     try:
-        config = json.load(open(os.path.join(folder, 'adapter_config.json'), encoding='utf-8'))
+        config = dict(json.load(open(os.path.join(folder, 'adapter_config.json'), encoding='utf-8')))
         stored = {re.sub(r'^.*?(?=layers\.\d)', '', name): tensor for name, tensor in load_file(os.path.join(folder, 'adapter_model.safetensors')).items()}
-    except (OSError, ValueError, safetensors.SafetensorError) as e:
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as e:
         fail(f'init_from: {folder}: no adapter in PEFT\'s format ({type(e).__name__}); adapter_config.json and adapter_model.safetensors wanted')
     for key, plain in (('peft_type', 'LORA'), ('bias', 'none'), ('use_dora', False), ('use_rslora', False), ('rank_pattern', {}),
                        ('alpha_pattern', {}), ('modules_to_save', None), ('lora_alpha', alpha), ('r', r)):
@@ -506,6 +508,7 @@ def model_card(c, counts, last):
 
 
 def write_json(path, value):
+    """Writes a value as indented JSON."""
     with open(path, 'w', encoding='utf-8') as f:
         f.write(json.dumps(value, indent=2) + '\n')
 
@@ -541,11 +544,21 @@ def read_checkpoint(path, wanted):
             state, tensors = json.loads(f.metadata()['state']), {name: f.get_tensor(name) for name in f.keys()}
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as e:
         fail(f'{path}: truncated or corrupt ({type(e).__name__}); start the run anew with --overwrite=True')
-    differ = [f'{name}={wanted["options"][name]!r} (was {value!r})' for name, value in state['options'].items() if wanted['options'].get(name) != value]
-    differ += [f'the {name} changed' for name in ('rows', 'base') if state[name] != wanted[name]]
+    differ = differing(wanted['options'], state['options']) + [f'the {name} changed' for name in ('rows', 'base') if state[name] != wanted[name]]
     if differ:
-        fail(f'resume: this is another run than {path}: {"; ".join(differ)}; give the options of that run, or start anew with --overwrite=True')
+        another_run(path, differ)
     return state, tensors
+
+
+def another_run(path, differ):
+    """Refuses to resume a run under options, rows or a base that are not its own."""
+    fail(f'resume: this is another run than {path}: {"; ".join(differ)}; give the options of that run, or start anew with --overwrite=True')
+
+
+def differing(options, found):
+    """What differs, for people, between the options of this run and those `found` of an earlier one, apart from MAY_DIFFER."""
+    return [f'{name}={options[name]!r} (was {value!r})' for name, value in found.items()
+            if name in options and name not in MAY_DIFFER and options[name] != value]
 
 
 def restore(tensors, named_loras, optimizer):
@@ -562,7 +575,7 @@ def restore(tensors, named_loras, optimizer):
 
 
 def finish(output_dir):
-    """Removes what a complete run no longer needs: the output that it replaced, then its checkpoint."""
+    """Removes what a complete run no longer needs: the output that it replaced (check_writable made sure it is one), its checkpoint."""
     shutil.rmtree(output_dir + '.old', ignore_errors=True)
     if os.path.exists(os.path.join(output_dir, CHECKPOINT)):
         os.remove(os.path.join(output_dir, CHECKPOINT))
@@ -611,7 +624,7 @@ def check_options(c):
                (f'dtype={c["dtype"]}', 'auto, float32, bfloat16 or float16', c['dtype'] in ('auto', 'float32', 'bfloat16', 'float16')),
                (f'device={c["device"]}', 'auto, cpu, cuda, cuda:N or mps', re.fullmatch(r'auto|cpu|cuda(:\d+)?|mps', c['device'])),
                (f'device={c["device"]} without such a device here', 'another', not (
-                   c['device'].startswith('cuda') and int(c['device'][5:] or 0) >= torch.cuda.device_count()
+                   c['device'].startswith('cuda') and int('0' + re.sub(r'\D', '', c['device'])) >= torch.cuda.device_count()
                    or c['device'] == 'mps' and not torch.backends.mps.is_available()))]
     checks += [(f'an empty {name}', 'at least one', c[name]) for name in ('target_layers', 'target_modules', 'layers_to_transform', 'output_dir')]
     checks += [(f'{name}={c[name]}, with one twice', 'each once', len(set(c[name])) == len(c[name])) for name in
@@ -631,8 +644,13 @@ def check_options(c):
             fail(f'output_dir: {folder} is there already; choose another' + (f', or add --overwrite=True to replace it{go_on}' if ours else ''))
 
 
-def check_writable(output_dir):
-    """Ends with one line if output_dir cannot be made or another run is writing it."""
+def check_writable(output_dir, model_dir):
+    """Ends with one line if output_dir cannot be made, lies inside the model, or another run is writing it."""
+    if os.path.commonpath([os.path.realpath(model_dir), output_dir]) == os.path.realpath(model_dir):
+        fail(f'output_dir: {output_dir} lies in the model that is to be copied, {model_dir}; choose another')
+    old = output_dir + '.old'  # a run that was killed while it replaced its output leaves it
+    if os.path.lexists(old) and not os.path.exists(os.path.join(old, 'cb_config.json')):
+        fail(f'output_dir: {old}, the name for what is replaced, is there already and no run wrote it; move it or choose another')
     folder = os.path.dirname(os.path.abspath(output_dir))
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
@@ -697,17 +715,20 @@ if __name__ == '__main__':
     output_dir = os.path.realpath(output_dir)  # a link stays, and what it points to is written
     partial, done_already = output_dir + '.partial', os.path.exists(os.path.join(output_dir, 'cb_config.json'))
     if resume and done_already and not os.path.exists(partial) and not (overwrite and not os.path.exists(os.path.join(output_dir, CHECKPOINT))):
+        differ = differing(config, json.load(open(os.path.join(output_dir, 'cb_config.json'), encoding='utf-8')))
+        if differ:
+            another_run(output_dir, differ)
         finish(output_dir)
         print(f'{output_dir}: complete already, nothing to resume')
         sys.exit(0)
 
     # everything that the user may have got wrong, before the model is loaded or anything written
     check_options({**config, 'output_dir': output_dir})
-    check_writable(output_dir)
+    check_writable(output_dir, find_checkpoint(model_name) if os.path.isdir(model_name) else os.devnull)
     retain_messages = cb_messages = val_rows = []
     if not merge_only:
         as_benign, as_harmful = (functools.partial(messages_of, answers=answers) for answers in (BENIGN_ANSWERS, HARMFUL_ANSWERS))
-        retain_messages = load_rows(retain_data_path, as_benign, limit=num_retain_examples, seed=seed, option='retain_data_path')
+        retain_messages = load_rows(retain_data_path, as_benign, 'train_sft', limit=num_retain_examples, seed=seed, option='retain_data_path')
         cb_messages = load_rows(cb_data_path, as_harmful, limit=num_cb_examples, seed=seed, option='cb_data_path')
         val_rows = numbered_rows(val_data_path, labelled) if val_data_path else []
     model_dir = find_checkpoint(model_name)
@@ -774,7 +795,7 @@ if __name__ == '__main__':
     if not (val_rows or merge_only):
         print('no val_data_path: no validation pass')
     if resume:
-        print(f'resumed at step {state["step"]}')
+        print(f'resumed at step {state["step"]}' if tensors else 'no checkpoint to resume from: starting at step 0')
 
     # from here to the end of the loop, SIGINT and SIGTERM let a step finish
     stopped, record, start = [], state['record'], time.time() - state['seconds']
@@ -866,6 +887,7 @@ if __name__ == '__main__':
                      f'model; it was not moved to {output_dir}')
         message = f'{output_dir}: merged and reloaded; its states are {off:.1e} away from what was to be written, {rounded:.1e} from the adapted model\'s'
     if os.path.exists(output_dir):
+        shutil.rmtree(output_dir + '.old', ignore_errors=True)
         os.rename(output_dir, output_dir + '.old')
     os.rename(partial, output_dir)
     finish(output_dir)

@@ -63,14 +63,14 @@ def options(script):
 def kind(default):
     """The type of an option in words, for messages."""
     if isinstance(default, list):
-        return f'a list of {type(default[0]).__name__}, as 5,6 or [5,6]'
+        return f'a list of {type((default or [""])[0]).__name__}, as 5,6 or [5,6]'
     return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}[type(default)]
 
 
 def checked(value, default):
     """A Python value as the type of `default` (int for a float, 1e3 for an int, 0 / 1 for a bool); ValueError if it is not."""
     if isinstance(default, list) and isinstance(value, (list, tuple, range)):
-        return [checked(v, default[0]) for v in value]
+        return [checked(v, (default or [''])[0]) for v in value]
     if isinstance(default, str) and isinstance(value, str):
         return value
     if isinstance(default, bool) and value in (0, 1):
@@ -89,7 +89,7 @@ def parsed(text, default):
         return text
     if isinstance(default, list):
         parts = re.sub(r'^\[(.*)\]$', r'\1', text.strip()).split(',')
-        return [parsed(p.strip().strip('"\''), default[0]) for p in parts if p.strip()]
+        return [parsed(p.strip().strip('"\''), (default or [''])[0]) for p in parts if p.strip()]
     if isinstance(default, bool):
         return {'true': True, '1': True, 'false': False, '0': False}[text.strip().lower()]
     return checked(int(text) if re.fullmatch(r'\s*[+-]?\d+\s*', text) else float(text), default)
@@ -102,8 +102,12 @@ def configure(script, argv):
     """
     rows = options(script)
     own = {name: default for name, default, _ in rows if name}
-    known = {name: default for path in sorted(glob.glob(os.path.join(os.path.dirname(os.path.abspath(script)), '*.py')))
-             for name, default, _ in options(path) if name} | own
+    known = set(own)  # and, in a file, what the scripts beside this one know
+    for path in glob.glob(os.path.join(os.path.dirname(os.path.abspath(script)), '*.py')):
+        try:
+            known |= {name for name, _, _ in options(path) if name}
+        except (ValueError, SyntaxError, OSError):  # somebody's own script, with a default that is no literal
+            pass
     config, given = dict(own), {}
 
     def unknown(name, where, names):
@@ -142,12 +146,11 @@ def configure(script, argv):
                     continue
                 if name not in known:
                     unknown(name, arg, known)
-                try:
-                    value = checked(value, known[name])
-                except (ValueError, OverflowError):
-                    fail(f'{arg}: {name} = {value!r} found, {kind(known[name])} wanted')
                 if name in own:
-                    config[name] = value
+                    try:
+                        config[name] = checked(value, own[name])
+                    except (ValueError, OverflowError):
+                        fail(f'{arg}: {name} = {value!r} found, {kind(own[name])} wanted')
     config.update(given)
     if wants_help:
         print((ast.get_docstring(ast.parse(open(script, encoding='utf-8').read())) or '').strip() + '\n\noptions (current values)')

@@ -158,14 +158,17 @@ def file_rows(path):
     return rows or fail(f'{path}: no rows found')
 
 
-def numbered_rows(path, convert=messages_of):
-    """A file as [('FILE: row N', convert(row))]; a row that convert refuses (ValueError) ends the program with its number, never its text."""
+def numbered_rows(path, convert=messages_of, skip=False):
+    """
+    A file as [('FILE: row N', convert(row))]; a row that convert refuses (ValueError) ends the program with its number, never
+    its text, or with skip is left out.
+    """
     found = []
     for number, row in file_rows(path):
         try:
             found.append((f'{path}: row {number}', convert(row)))
         except ValueError as e:
-            fail(f'{path}: row {number}: {e}')
+            skip or fail(f'{path}: row {number}: {e}')
     return found
 
 
@@ -190,33 +193,34 @@ def hub_trouble(error):
     return f'the hub could not be reached ({causes[0].split()[0]}): check the network, or name a local copy'
 
 
-def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='source'):
+def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='source', public=False):
     """
-    [(where, convert(row))] of a source: a file, a folder of files (those named after the split if there are such), or a hub id,
-    ORG/NAME or ORG/NAME:SPLIT. With a limit, at most so many, drawn with the seed.
+    [(where, convert(row))] of a source: a file, a folder of files (those named after the split, or 'train', if there are such),
+    or a hub id, ORG/NAME or ORG/NAME:SPLIT. With a limit, at most so many, drawn with the seed. A row that convert refuses ends
+    the program, but in a hub's set, and a local copy of one (public), it is left out: nobody here can mend it.
     """
     source_id, _, named = source.partition(':')
     if os.path.isdir(source):
         files = sorted(name for name in os.listdir(source) if name.endswith(ROW_FILES))
-        files = [name for name in files if split and split in name] or files
-        rows = [row for name in files for row in numbered_rows(os.path.join(source, name), convert)] or fail(f'{option}: no rows found in {source}')
+        files = next((some for mark in (split, 'train') if mark and (some := [name for name in files if mark in name])), files)
+        rows = [row for name in files for row in numbered_rows(os.path.join(source, name), convert, public)]
     elif os.path.isfile(source) or not re.fullmatch(r'[\w.-]+/[\w.-]+', source_id) or source.endswith(ROW_FILES):
-        rows = numbered_rows(source, convert)
+        rows = numbered_rows(source, convert, public)
     else:
         try:
-            table = datasets.load_dataset(source_id, split=named or split or SPLITS.get(source_id, 'train'))
+            table = datasets.load_dataset(source_id, split=named or SPLITS.get(source_id, 'train'))
         except Exception as e:  # whatever the hub or the network says, the user hears it in one line
-            fail(f'{option}: {source}: {hub_trouble(e)}')
-        rows, skipped = [], 0
+            fail(f'{option}: {source}: there is no such file or folder, and {hub_trouble(e)}')
+        rows = []
         for i in random.Random(seed).sample(range(len(table)), len(table)):
             try:
                 rows.append((f'{source}: row {i + 1}', convert(table[i])))
-            except ValueError:  # nobody here can mend a public set
-                skipped += 1
+            except ValueError:
+                continue
             if limit and len(rows) == limit:
                 break
-        print(f'{option}: {source}: {len(rows)} rows, and {skipped} left out that hold no conversation')
-        return rows or fail(f'{option}: {source}: no rows found')
+    if not rows:
+        fail(f'{option}: no rows found in {source}')
     return random.Random(seed).sample(rows, limit) if 0 < limit < len(rows) else rows
 
 
@@ -289,8 +293,9 @@ def full_compliance(row):
 
 def with_refusal(row):
     """A row of circuit_breakers: (the harmful conversation, the refused one or None)."""
-    refusal = next((row[key] for key in ('llama3_output', 'chosen') if isinstance(row, dict) and row.get(key)), None)
-    return messages_of(row, HARMFUL_ANSWERS), refusal and messages_of({'prompt': row['prompt'], 'response': refusal})
+    harmful = messages_of(row, HARMFUL_ANSWERS)
+    refusal = next((key for key in ('llama3_output', 'chosen') if row.get(key)), None)
+    return harmful, refusal and messages_of({'prompt': harmful[-2]['content'], refusal: row[refusal]}, (refusal,))
 
 
 def request_of(row):
@@ -343,26 +348,28 @@ def drop_requests(rng, rows, share):
 def recipe_rows(c, rng):
     """Every file of a real recipe as {file name: rows}, and the lines that count them; c: the options as a dict."""
     mix = parsed_mix(c['retain_mix'])
-    pairs = [row for _, row in load_rows(c['circuit_breakers'], with_refusal, option='circuit_breakers')]
+    load = lambda option, *more, **named: [row for _, row in load_rows(c[option], *more, seed=c['seed'], option=option, public=True, **named)]
+    pairs = load('circuit_breakers', with_refusal)
     pairs = rng.sample(pairs, len(pairs))
     if 'refusals' in mix and not all(refused for _, refused in pairs):
         fail(f'circuit_breakers: {c["circuit_breakers"]}: rows without a refusal (llama3_output or chosen) found; take refusals out of retain_mix')
     wanted = c['num_val_examples']
-    chat = [row for _, row in load_rows(c['ultrachat'], limit=mix.get('ultrachat', (0, 0))[0] + wanted, seed=c['seed'], option='ultrachat',
-                                        split='train_sft')]
+    chat = load('ultrachat', split='train_sft', limit=mix.get('ultrachat', (0, 0))[0] + wanted)
     if c['validation']:
-        val = [row for _, row in load_rows(c['validation'], lambda row: messages_of(row, HARMFUL_ANSWERS), option='validation')][:wanted]
+        val = load('validation', lambda row: messages_of(row, HARMFUL_ANSWERS), limit=wanted)
     else:
         val, pairs = [harmful for harmful, _ in pairs[:wanted]], pairs[wanted:]
     sources = {'ultrachat': chat[wanted:], 'refusals': [refused for _, refused in pairs],
-               'xstest': [row for _, row in load_rows(c['xstest'], full_compliance, 'gpt4', option='xstest') if row] if 'xstest' in mix else []}
+               'xstest': [row for row in load('xstest', full_compliance, 'gpt4') if row] if 'xstest' in mix else []}
     rows = {'circuit_breakers': [('circuit_breakers', harmful) for harmful, _ in pairs], 'retain': []}
-    if not pairs or not chat[wanted:]:
+    if not pairs or 'ultrachat' in mix and not chat[wanted:]:
         fail(f'num_val_examples={wanted} found, fewer than the rows of circuit_breakers and ultrachat wanted')
     for source, (count, times) in mix.items():
         if len(sources[source]) < count:
             print(f'{source}: {count} rows asked for, {len(sources[source])} there')
         rows['retain'] += [(source, messages) for messages in sources[source][:count]] * times
+    if not rows['retain']:
+        fail(f'retain_mix={c["retain_mix"]} found, which leaves no retain row; such as ultrachat:10000 wanted')
 
     removed = {}
     if c['decontaminate']:
@@ -623,6 +630,7 @@ def write_rows(path, rows):
 
 def replace(out, partial):
     """Moves a folder that was written under a temporary name to where it belongs; what was there goes last."""
+    shutil.rmtree(out + '.old', ignore_errors=True)
     if os.path.exists(out):
         os.rename(out, out + '.old')
     os.rename(partial, out)
@@ -636,6 +644,8 @@ if __name__ == '__main__':
     recipes = sorted(name[:-3] for name in os.listdir(os.path.join(here, 'config')) if name.endswith('.py') and not name.startswith('toy'))
     if command not in ('toy', 'sample', 'check', '--help', '-h', *recipes):
         fail(f'command line: {command!r} found, toy, sample, check or {", ".join(recipes)} wanted; see python data_prep.py --help')
+    if command == 'check' and arguments[:1] in (['--help'], ['-h']):
+        command = '--help'
     if command == 'check' and (not arguments or arguments[0].startswith('--')):
         fail('command line: check wants a file: python data_prep.py check FILE')
     checked_file = arguments.pop(0) if command == 'check' else ''
@@ -654,7 +664,8 @@ if __name__ == '__main__':
     if command == 'check':
         bad, conversations = 0, []
         tokenizer = load_tokenizer(model_name, chat_template) if model_name else None
-        for number, row in file_rows(checked_file):
+        rows = file_rows(checked_file)
+        for number, row in rows:
             try:
                 conversations.append(messages_of(row))
                 if tokenizer:
@@ -665,10 +676,17 @@ if __name__ == '__main__':
         if bad:
             fail(f'{checked_file}: {bad} bad rows')
         print(f'{checked_file}: {lengths_line(tokenizer, conversations, max_seq_length)}')
+        for option, answers in (('cb_data_path', HARMFUL_ANSWERS), ('retain_data_path', BENIGN_ANSWERS)):
+            fit = sum(isinstance(row.get('messages'), list) or any(row.get(key) is not None for key in answers) for _, row in rows)
+            print(f'as {option}: {fit} of {len(rows)} rows have an answer' + ('' if fit == len(rows) else f' under messages, {", ".join(answers)}'))
         print(f'{sum(len(m) > 2 for m in conversations)} of several turns or with a system message, {sum(not m[-2]["content"].strip() for m in conversations)} without a request')
         sys.exit(0)
 
-    out = out or {'toy': 'data/toy', 'sample': 'data/sample.json'}.get(command, f'data/{command}')
+    out = os.path.normpath(out or {'toy': 'data/toy', 'sample': 'data/sample.json'}.get(command, f'data/{command}'))
+    for aside in (out + '.partial', out + '.old'):
+        if command != 'sample' and os.path.lexists(aside) and not (os.path.isdir(aside) and (
+                not os.listdir(aside) or os.path.exists(os.path.join(aside, 'circuit_breaker.json')))):
+            fail(f'out: {aside}, a name that is needed on the way, is there already and no run wrote it; move it or choose another out')
     if os.path.exists(out) and not overwrite:
         fail(f'out: {out} is there already; add --overwrite=True to replace it')
     if os.path.exists(out) and (os.path.isdir(out) == (command == 'sample') or os.path.isdir(out) and os.listdir(out) and

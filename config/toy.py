@@ -5,6 +5,8 @@ model_name = 'data/toy/base'
 cb_data_path = 'data/toy/circuit_breaker.json'
 retain_data_path = 'data/toy/retain.jsonl'
 val_data_path = 'data/toy/val.jsonl'
+behaviors_path = 'data/toy/behaviors.jsonl'
+templates_path = 'data/toy/templates.txt'
 output_dir = 'out/toy'
 
 num_hidden_layers = 0            # 6 = max(target_layers) + 1 of the 8 blocks

@@ -105,7 +105,7 @@ def trial(arguments, out, rng, kind, duration):
                 wanted = False
             if kind == 'random':
                 time.sleep(0.0005)
-        if status == -signal.SIGKILL or status == 128 + sent and '--resume=True' in open(errors).read().splitlines()[-1]:
+        if status in (-signal.SIGKILL, -sent) or status == 128 + sent and '--resume=True' in open(errors).read().splitlines()[-1]:
             kills += 1
         elif status == 0:
             return kills

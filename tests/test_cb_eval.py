@@ -45,7 +45,7 @@ def test_a_batch_answers_as_one_prompt_at_a_time_does(model_dir):
 
 @pytest.fixture
 def behaviors(tmp_path):
-    rows = [{**ROW, 'label': label, 'split': split, 'prompt': word, 'response': 'yes .', 'target': 'yes'}
+    rows = [{**ROW, 'label': label, 'split': split, 'prompt': word, 'response': 'yes , no .', 'target': 'yes'}
             for label in cb_eval.SETS for split in cb_eval.SPLITS for word in ('red', 'blue')]
     (tmp_path / 'b.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     (tmp_path / 't.txt').write_text('please {prompt}\n{prompt} yes\n')
