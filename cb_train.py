@@ -133,9 +133,9 @@ class LoRALinear(nn.Module):
         return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
 
     @torch.no_grad()
-    def delta(self):
-        """What merging adds to the base weight: (out, in), float32."""
-        return self.lora_B @ self.lora_A * self.scale
+    def delta(self, rows=slice(None)):
+        """What merging adds to some rows of the base weight, or to all: (rows, in), float32."""
+        return self.lora_B[rows] @ self.lora_A * self.scale
 
 
 def add_lora(model, target_modules, layers, r, alpha, dropout):
@@ -432,26 +432,28 @@ def load_decoder(model_dir, blocks, dtype, device):
 
 def merge(model_dir, output_dir, deltas):
     """
-    Writes output_dir: every file of model_dir copied, and of the weights only the tensors in deltas, pairs of (linear, (out, in)
-    float32), overwritten in place, added in float32 and cast once to the stored dtype. Memory: one tensor, whatever the model's
-    size. Left behind are weights in other formats, the model card, and what an earlier run of this script wrote beside a model.
+    Writes output_dir: every file of model_dir copied, then the weights in deltas overwritten in place, a few rows at a time, so
+    that a model of any size takes little memory. deltas: {linear: function of a slice of rows that gives what is added to them,
+    (rows, in) float32}; added in float32, cast once to the stored dtype. Left behind are weights in other formats, the model card,
+    and what an earlier run of this script wrote beside a model.
     """
-    os.makedirs(output_dir, exist_ok=True)
     names = shards(model_dir)
     shutil.copytree(model_dir, output_dir, dirs_exist_ok=True, copy_function=shutil.copyfile,
                     ignore=lambda folder, files: [f for f in files if f.startswith('.') or f.endswith(OTHER_WEIGHTS) or f in OF_A_RUN or
                                                   (f.endswith('.safetensors') and f not in names)])
     headers = {shard: read_header(os.path.join(output_dir, shard)) for shard in names}
     shard_of = {name: shard for shard, (header, _) in headers.items() for name in header}
-    for linear, delta in tqdm(deltas, desc='merge', disable=None):
+    for linear, delta in tqdm(deltas.items(), desc='merge', disable=None):
         name = stored_name(shard_of, linear)
         header, start = headers[shard_of[name]]
-        begin, end = header[name]['data_offsets']
+        (begin, end), (out, fan_in) = header[name]['data_offsets'], header[name]['shape']
         with open(os.path.join(output_dir, shard_of[name]), 'r+b') as f:
-            f.seek(start + begin)
-            weight = torch.frombuffer(bytearray(f.read(end - begin)), dtype=TORCH_DTYPES[header[name]['dtype']]).view(header[name]['shape'])
-            f.seek(start + begin)
-            f.write((weight.float() + delta.cpu()).to(weight.dtype).view(torch.uint8).numpy())
+            for row in range(0, out, 128):
+                f.seek(start + begin + row * (end - begin) // out)
+                data = bytearray(f.read(min(128, out - row) * (end - begin) // out))
+                weight = torch.frombuffer(data, dtype=TORCH_DTYPES[header[name]['dtype']]).view(-1, fan_in)  # (rows, in)
+                f.seek(-len(data), os.SEEK_CUR)
+                f.write((weight.float() + delta(slice(row, row + 128)).cpu()).to(weight.dtype).view(torch.uint8).numpy())
 
 
 def save_adapter(folder, loras, model_name, r, alpha, dropout):
@@ -779,11 +781,11 @@ if __name__ == '__main__':
     os.makedirs(partial, exist_ok=True)
     log = open_log(log_path)
     log.truncate(state['log_bytes'])
+    for path in (os.path.join(partial, name) for name in os.listdir(partial) if name not in ('log.jsonl', CHECKPOINT)):
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     if tensors:
         restore(tensors, named_loras, optimizer)
     else:
-        for path in (os.path.join(partial, name) for name in os.listdir(partial) if name != 'log.jsonl'):
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         save_checkpoint(checkpoint_path, named_loras, optimizer, state)
     print(' | '.join(f'{name} {version}' for name, version in versions().items()) + f' | {device}, {model.dtype}')
     print('\n'.join(f'{name} = {value!r}' for name, value in config.items()))
@@ -872,7 +874,7 @@ if __name__ == '__main__':
         need, free = sum(size for size, _ in state['base'].values()), shutil.disk_usage(partial).free
         if need > free + sum(os.path.getsize(path) for name in state['base'] if os.path.exists(path := os.path.join(partial, name))):
             sys.exit(f'fault: the merged model needs {need:,} bytes, {free:,} are free at {partial}: make room and go on with --resume=True')
-        merge(model_dir, partial, ((name, lora.delta()) for name, lora in named_loras.items()))
+        merge(model_dir, partial, {name: lora.delta for name, lora in named_loras.items()})
         if chat_template:
             shutil.copyfile(chat_template, os.path.join(partial, 'chat_template.jinja'))
         adapted = states(model, probe)

@@ -57,7 +57,7 @@ torch.manual_seed(0)
 linears = json.loads(sys.argv[3])
 loras = {name: (torch.randn(out, 16), torch.randn(16, fan_in)) for name, (out, fan_in) in linears.items()}
 before, start = memory('VmRSS'), time.time()
-cb_train.merge(sys.argv[1], sys.argv[2], ((name, b @ a) for name, (b, a) in loras.items()))
+cb_train.merge(sys.argv[1], sys.argv[2], {name: lambda rows, b=b, a=a: b[rows] @ a for name, (b, a) in loras.items()})
 print(json.dumps({'seconds': time.time() - start, 'MB': memory('VmHWM') - before}))
 '''
 COPY = '''

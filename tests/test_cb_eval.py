@@ -69,7 +69,7 @@ def test_the_script_writes_counts_that_add_up_for_both_models(run, model_dir, be
 
 @pytest.mark.parametrize('change, words', [
     ({'label': 'evil'}, ['row 1', 'label']), ({'response': ''}, ['row 1', 'response']), ({'target': None}, ['target']), ({'prompt': 3}, ['prompt']),
-    ({'messages': []}, ['messages'])])
+    ({'messages': []}, ['messages']), ({'response': 'sure :'}, ['response', 'target']), ({'prompt': 'SECRET\ud800'}, ['surrogate'])])
 def test_a_bad_behavior_is_one_line_and_status_2(run, model_dir, tmp_path, behaviors, change, words):
     (tmp_path / 'b.jsonl').write_text(json.dumps({**ROW, 'id': 'SECRET', **change}))
     status, out, err = run('cb_eval.py', f'--model_name={model_dir}', f'--output_dir={model_dir}', *behaviors)

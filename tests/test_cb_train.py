@@ -338,7 +338,7 @@ def test_accumulation_and_the_seed_decide_the_run_and_nothing_else_does(run, arg
 def test_a_bfloat16_checkpoint_is_merged_in_float32_and_cast_once(tmp_path):
     source = make_model_dir(tmp_path / 'bf16', torch.bfloat16)
     delta = torch.randn(32, 32, generator=torch.Generator().manual_seed(2)) * 1e-2
-    cb_train.merge(source, tmp_path / 'merged', [('layers.1.self_attn.q_proj', delta)])
+    cb_train.merge(source, tmp_path / 'merged', {'layers.1.self_attn.q_proj': lambda rows: delta[rows]})
     before, after, key = tensors_of(source), tensors_of(tmp_path / 'merged'), 'model.layers.1.self_attn.q_proj.weight'
     assert torch.equal(after.pop(key), (before.pop(key).float() + delta).bfloat16())
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
@@ -461,7 +461,7 @@ def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, 
     (['--target_layers=9'], ['target_layers=[9]', '1..3']), (['--target_layers=0'], ['target_layers']), (['--layers_to_transform=3'], ['0..2']),
     (['--num_hidden_layers=9', '--layers_to_transform=0'], ['num_hidden_layers=9', '4 blocks']), (['--target_modules=qq_proj'], ['qq_proj', 'q_proj']),
     (['--cb_data_path=none.json'], ['none.json', 'no such file']), (['--model_name=none/such/model'], ['none/such/model']),
-    (['--lora_dropout=1'], ['lora_dropout']), (['--max_steps=0'], ['max_steps=0']), (['--device=tpu'], ['device=tpu']),
+    (['--lora_dropout=1'], ['lora_dropout']), (['--max_steps=0'], ['max_steps=0']), (['--device=tpu'], ['device=tpu']), (['--device=cuda:x'], ['device=cuda:x']),
     (['--dtype=int8'], ['dtype=int8']), (['--max_setps=3'], ['did you mean max_steps']), (['--schedule_steps=9', '--use_dynamic_scheduling=0'], ['schedule']),
     (['--retain_data_path=no/set'], ['no/set']), (['--target_layers='], ['target_layers'])])
 def test_a_mistake_is_one_line_and_status_2_before_anything_is_written(run, arguments, tmp_path, more, words):
@@ -475,6 +475,30 @@ def test_a_bad_row_is_named_and_not_quoted(run, arguments, rows, tmp_path):
         f.write('\n{"prompt": "SECRET", "response": ""}')
     status, out, err = run('cb_train.py', *arguments)
     assert status == 2 and 'row 11' in err and 'SECRET' not in out + err and not (tmp_path / 'out.partial').exists()
+
+
+def test_a_second_round_on_an_earlier_output_keeps_its_own_adapter_options_and_log(run, arguments, tmp_path):
+    assert run('cb_train.py', *arguments)[0] == 0
+    (tmp_path / 'out' / 'eval.json').write_text('{}')
+    assert run('cb_train.py', *arguments, f'--model_name={tmp_path / "out"}', f'--output_dir={tmp_path / "two"}', '--lora_alpha=16', '--max_steps=2')[0] == 0
+    assert json.load(open(tmp_path / 'two' / 'cb_config.json'))['max_steps'] == 2 and len(open(tmp_path / 'two' / 'log.jsonl').readlines()) == 2
+    assert json.load(open(tmp_path / 'two' / 'adapter' / 'adapter_config.json'))['lora_alpha'] == 16 and not (tmp_path / 'two' / 'eval.json').exists()
+
+
+def test_nothing_that_no_run_wrote_is_removed_and_an_output_inside_the_model_is_refused(run, arguments, model_dir, tmp_path):
+    (tmp_path / 'out.old').mkdir()
+    (tmp_path / 'out.old' / 'thesis.txt').write_text('mine')
+    status, _, err = run('cb_train.py', *arguments)
+    assert status == 2 and 'out.old' in err and (tmp_path / 'out.old' / 'thesis.txt').read_text() == 'mine'
+    for inside in (model_dir, f'{model_dir}/out/x'):
+        status, _, err = run('cb_train.py', *arguments, f'--output_dir={inside}', '--overwrite=True')
+        assert status == 2 and err.count('\n') == 1 and not os.path.exists(f'{model_dir}/out'), err
+
+
+def test_a_complete_run_resumed_with_other_options_is_refused(run, arguments, tmp_path):
+    assert run('cb_train.py', *arguments)[0] == 0
+    status, _, err = run('cb_train.py', *arguments, '--resume=True', '--max_steps=9')
+    assert status == 2 and 'max_steps=9 (was 4)' in err
 
 
 def test_validation_wants_rows_of_both_labels(run, arguments, tmp_path):

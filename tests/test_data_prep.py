@@ -202,6 +202,17 @@ def test_a_mistake_in_a_recipe_is_one_line_and_status_2_and_nothing_is_written(r
     assert not (tmp_path / 'made').exists() and not (tmp_path / 'made.partial').exists()
 
 
+def test_a_mix_without_ultrachat_and_a_name_with_a_slash_are_made_and_a_stranger_s_folder_is_left(run, sources, tmp_path):
+    assert run('data_prep.py', 'llama3', *sources, '--model_name=', '--retain_mix=xstest:9', f'--out={tmp_path / "made"}/')[0] == 0
+    assert {row['source'] for row in made(tmp_path, 'retain.jsonl')} == {'xstest'}
+    (tmp_path / 'made.old').mkdir()
+    (tmp_path / 'made.old' / 'thesis.txt').write_text('mine')
+    status, _, err = run('data_prep.py', 'llama3', *sources, '--model_name=', '--overwrite=True')
+    assert status == 2 and 'made.old' in err and (tmp_path / 'made.old' / 'thesis.txt').read_text() == 'mine'
+    status, _, err = run('data_prep.py', 'llama3', *sources, '--model_name=', f'--out={tmp_path / "none"}', '--retain_mix=')
+    assert status == 2 and 'retain_mix' in err
+
+
 def test_refusals_are_asked_for_only_where_the_set_has_them(run, sources, tmp_path):
     (tmp_path / 'train.json').write_text(json.dumps([{'prompt': f'red {i}', 'response': f'pears {i}'} for i in range(9)]))
     status, _, err = run('data_prep.py', 'llama3', *sources, '--model_name=')

@@ -34,6 +34,10 @@ def test_every_config_is_read_by_every_script_and_fits_its_checks(path):
             cb_train.check_options({**config, 'output_dir': 'none'})
 
 
+def test_the_readme_holds_no_place_that_waits_for_a_figure():
+    assert not re.findall(r'^[A-Z]+(?:_[A-Z]+)*$|\b[A-Z]{3,}_[A-Z]{3,}\b', README, re.M)
+
+
 def test_the_readme_shows_the_options_of_cb_train_as_they_are():
     fenced = configurator.FENCE.search(open(os.path.join(ROOT, 'cb_train.py'), encoding='utf-8').read())[1]
     assert fenced in README
