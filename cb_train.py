@@ -29,6 +29,7 @@ Shapes: B rows, T tokens of a row, D width, L hidden states compared, V vocabula
 import collections
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -430,30 +431,45 @@ def load_decoder(model_dir, blocks, dtype, device):
     return model.to(device).eval()
 
 
+def copy_bytes(source, target, size):
+    """Copies the next `size` bytes of an open, unbuffered file to another; whole pages inside the kernel where Linux can, as cp does."""
+    while size > 0:
+        over = source.tell() % 4096
+        if sys.platform == 'linux' and not over and size >= 4096:
+            done = os.sendfile(target.fileno(), source.fileno(), None, size - size % 4096)
+        else:
+            done = target.write(source.read(min(size, 4096 - over if sys.platform == 'linux' else 1 << 24)))
+        if not done:
+            raise OSError(f'{source.name} ended early, while it was copied')
+        size -= done
+
+
 def merge(model_dir, output_dir, deltas):
     """
-    Writes output_dir: every file of model_dir copied, then the weights in deltas overwritten in place, a few rows at a time, so
-    that a model of any size takes little memory. deltas: {linear: function of a slice of rows that gives what is added to them,
-    (rows, in) float32}; added in float32, cast once to the stored dtype. Left behind are weights in other formats, the model card,
+    Writes output_dir: every file of model_dir as it is, but for the weights in deltas, {linear: function of a slice of rows that
+    gives what is added to them, (rows, in) float32}; added in float32, cast once to the stored dtype. Every byte is written once
+    and a few rows are in memory at a time, whatever the model's size. Left behind are weights in other formats, the model card,
     and what an earlier run of this script wrote beside a model.
     """
     names = shards(model_dir)
-    shutil.copytree(model_dir, output_dir, dirs_exist_ok=True, copy_function=shutil.copyfile,
-                    ignore=lambda folder, files: [f for f in files if f.startswith('.') or f.endswith(OTHER_WEIGHTS) or f in OF_A_RUN or
-                                                  (f.endswith('.safetensors') and f not in names)])
-    headers = {shard: read_header(os.path.join(output_dir, shard)) for shard in names}
-    shard_of = {name: shard for shard, (header, _) in headers.items() for name in header}
-    for linear, delta in tqdm(deltas.items(), desc='merge', disable=None):
-        name = stored_name(shard_of, linear)
-        header, start = headers[shard_of[name]]
-        (begin, end), (out, fan_in) = header[name]['data_offsets'], header[name]['shape']
-        with open(os.path.join(output_dir, shard_of[name]), 'r+b') as f:
-            for row in range(0, out, 128):
-                f.seek(start + begin + row * (end - begin) // out)
-                data = bytearray(f.read(min(128, out - row) * (end - begin) // out))
-                weight = torch.frombuffer(data, dtype=TORCH_DTYPES[header[name]['dtype']]).view(-1, fan_in)  # (rows, in)
-                f.seek(-len(data), os.SEEK_CUR)
-                f.write((weight.float() + delta(slice(row, row + 128)).cpu()).to(weight.dtype).view(torch.uint8).numpy())
+    shutil.copytree(model_dir, output_dir, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=lambda folder, files: [
+        f for f in files if f.startswith('.') or f.endswith(OTHER_WEIGHTS + ('.safetensors',)) or f in OF_A_RUN])
+    headers = {shard: read_header(os.path.join(model_dir, shard)) for shard in names}
+    stored = {name for header, _ in headers.values() for name in header}
+    linear_of = {stored_name(stored, linear): linear for linear in deltas}
+    for shard, (header, start) in tqdm(headers.items(), desc='merge', disable=None):
+        with open(os.path.join(model_dir, shard), 'rb', 0) as source, open(os.path.join(output_dir, shard), 'wb', 0) as target:
+            for name in sorted(linear_of.keys() & header.keys(), key=lambda name: header[name]['data_offsets']):
+                (begin, end), (out, fan_in) = header[name]['data_offsets'], header[name]['shape']
+                copy_bytes(source, target, start + begin - source.tell())
+                for row in range(0, out, 128):
+                    data = bytearray(source.read(min(128, out - row) * (end - begin) // out))
+                    weight = torch.frombuffer(data, dtype=TORCH_DTYPES[header[name]['dtype']]).view(-1, fan_in)  # (rows, in)
+                    merged = weight.float() + deltas[linear_of[name]](slice(row, row + 128)).cpu()
+                    target.write(merged.to(weight.dtype).view(torch.uint8).numpy())
+            copy_bytes(source, target, os.path.getsize(source.name) - source.tell())
+            if target.tell() != source.tell():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target.name)
 
 
 def save_adapter(folder, loras, model_name, r, alpha, dropout):
