@@ -742,7 +742,7 @@ if __name__ == '__main__':
 
     # everything that the user may have got wrong, before the model is loaded or anything written
     check_options({**config, 'output_dir': output_dir})
-    check_writable(output_dir, find_checkpoint(model_name) if os.path.isdir(model_name) else os.devnull)
+    check_writable(output_dir, model_name)
     retain_messages = cb_messages = val_rows = []
     if not merge_only:
         as_benign, as_harmful = (functools.partial(messages_of, answers=answers) for answers in (BENIGN_ANSWERS, HARMFUL_ANSWERS))
@@ -796,9 +796,10 @@ if __name__ == '__main__':
     # the output directory is ours from here on: emptied, or cut back to the checkpoint
     os.makedirs(partial, exist_ok=True)
     log = open_log(log_path)
-    log.truncate(state['log_bytes'])
-    for path in (os.path.join(partial, name) for name in os.listdir(partial) if name not in ('log.jsonl', CHECKPOINT)):
+    kept = ('log.jsonl', CHECKPOINT) if tensors else ('log.jsonl',)
+    for path in (os.path.join(partial, name) for name in os.listdir(partial) if name not in kept):
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    log.truncate(state['log_bytes'])
     if tensors:
         restore(tensors, named_loras, optimizer)
     else:
@@ -820,13 +821,13 @@ if __name__ == '__main__':
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.append(number))
     steps = 0 if merge_only else max_steps
+    passes = ('retain', retain_pass, sets.get('retain')), ('cb', cb_pass, sets.get('harmful'))
     for step in tqdm(range(state['step'], steps), desc='train', disable=None, initial=state['step'], total=steps):
-        retain_coeff, cb_coeff = coefficients(step, lorra_alpha, ticks)
         record = {'step': step, 'loss': 0.0}
 
         # four passes: a reference and an adapted one on benign rows, then the same on harmful rows. Both losses are sums over
         # tokens divided by a number known beforehand, so that accumulation changes nothing but the memory.
-        for name, run, rows, coeff in (('retain', retain_pass, sets['retain'], retain_coeff), ('cb', cb_pass, sets['harmful'], cb_coeff)):
+        for (name, run, rows), coeff in zip(passes, coefficients(step, lorra_alpha, ticks)):
             batch = batch_at(rows, step, rows_a_step, f'{seed} {name}')
             tokens, loss_sum, cos_sum = count(batch), 0, 0
             divisor = tokens
@@ -843,8 +844,7 @@ if __name__ == '__main__':
 
         record['grad_norm'] = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
         if not math.isfinite(record['loss'] + record['grad_norm']):
-            batches = [(run, row) for name, run, rows in (('retain', retain_pass, sets['retain']), ('cb', cb_pass, sets['harmful']))
-                       for row in batch_at(rows, step, rows_a_step, f'{seed} {name}')]
+            batches = [(run, row) for name, run, rows in passes for row in batch_at(rows, step, rows_a_step, f'{seed} {name}')]
             with torch.no_grad():
                 bad = [row.where for run, row in batches if not math.isfinite(run(model, *collate([row], device), loras, target_layers)[0])]
             sys.exit(f'fault: step {step}: retain_loss {record["retain_loss"]}, cb_loss {record["cb_loss"]}, grad_norm {record["grad_norm"]}: stopped '
@@ -883,12 +883,13 @@ if __name__ == '__main__':
         f.write(model_card(config, {name: len(rows) for name, rows in sets.items()}, record))
     message = f'{output_dir}: the adapter, in PEFT\'s format, in {os.path.join(output_dir, "adapter")}'
     if merge_adapter:
-        changed = [name for name, was in state['base'].items() if base_files(model_dir).get(name) != was]
+        now = base_files(model_dir)
+        changed = [name for name, was in state['base'].items() if now.get(name) != was]
         if changed:
             sys.exit(f'fault: {os.path.join(model_dir, changed[0])} has changed since the training began: merging would mix two models; put it '
                      'back and go on with --resume=True, or start anew')
         need, free = sum(size for size, _ in state['base'].values()), shutil.disk_usage(partial).free
-        if need > free + sum(os.path.getsize(path) for name in state['base'] if os.path.exists(path := os.path.join(partial, name))):
+        if need > free:
             sys.exit(f'fault: the merged model needs {need:,} bytes, {free:,} are free at {partial}: make room and go on with --resume=True')
         merge(model_dir, partial, {name: lora.delta for name, lora in named_loras.items()})
         if chat_template:

@@ -697,7 +697,6 @@ if __name__ == '__main__':
     rng = random.Random(seed)
     partial = out + '.partial'  # written here, then renamed
     if command in recipes:
-        parsed_mix(retain_mix)
         tokenizer = load_tokenizer(model_name, chat_template) if model_name else None
         files, lines = recipe_rows(config, rng)
         for name, rows in files.items():

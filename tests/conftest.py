@@ -63,6 +63,20 @@ def rows(tmp_path):
     return write_rows(tmp_path)
 
 
+def run_script(script):
+    """Runs a script under sys.argv in this process, ends it as the interpreter does, and returns its exit status."""
+    try:
+        runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        return e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run('cb_train.py', '--max_steps=3', ...) as on the command line, in this process: (exit status, stdout, stderr)."""
@@ -70,16 +84,8 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
         hook = sys.excepthook  # the scripts set their own, and signal handlers
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        status = 0
         try:
-            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
-        except SystemExit as e:
-            status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-            if isinstance(e.code, str):
-                print(e.code, file=sys.stderr)
-        except BaseException:  # as the interpreter does
-            sys.excepthook(*sys.exc_info())
-            status = 1
+            status = run_script(script)
         finally:
             sys.excepthook = hook
             for number, handler in handlers.items():

@@ -14,7 +14,6 @@ import os
 import random
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -25,13 +24,15 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 
+import conftest
+
 
 def start(arguments, room=None):
     """
     Runs cb_train.py in a fork of this process, which has imported everything already, its errors written to the last argument.
     With room, no file of it may be larger than so many bytes. Returns its process id.
     """
-    child = os.fork()
+    child, status = os.fork(), 99
     if child:
         return child
     try:
@@ -42,17 +43,10 @@ def start(arguments, room=None):
         error = os.open(arguments[-1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(error, 2)
         sys.argv = ['cb_train.py', *arguments[:-1]]
-        runpy.run_path(os.path.join(ROOT, 'cb_train.py'), run_name='__main__')
-        status = 0
-    except SystemExit as e:
-        status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-        if isinstance(e.code, str):
-            print(e.code, file=sys.stderr)
-    except BaseException:  # as the interpreter does
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    sys.stderr.flush()
-    os._exit(status)
+        status = conftest.run_script('cb_train.py')
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def ended(child):
@@ -114,7 +108,6 @@ def trial(arguments, out, rng, kind, duration):
 
 
 def main(kills, disks, seed, folder):
-    import conftest
     import torch
 
     import cb_train  # noqa: F401  imported once, before the forks
