@@ -67,7 +67,7 @@ model_name = 'meta-llama/Meta-Llama-3-8B-Instruct'  # a model directory or a hub
 num_hidden_layers = 21             # blocks kept for training, the rest is never loaded [0 = max(target_layers) + 1]
 device = 'auto'                    # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto'                     # of the frozen weights: auto (as stored) | float32 | bfloat16 | float16
-gradient_checkpointing = False     # recompute each block in the backward pass: less memory, a third more work
+gradient_checkpointing = 'auto'    # True = recompute each block in the backward pass: less memory, a third more work; auto = if it must be
 # representation rerouting
 target_layers = [10, 20]           # states that the cb loss turns away
 lorra_alpha = 10.0                 # weight of both losses
@@ -83,8 +83,9 @@ target_modules = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 layers_to_transform = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]  # blocks with LoRA
 # optimization
 max_steps = 150                    # optimizer steps
-batch_size = 4                     # rows of each set in a pass
-gradient_accumulation_steps = 1    # passes in a step
+batch_size = 4                     # rows of each set in a pass, at most
+gradient_accumulation_steps = 1    # a step has so many times batch_size rows of each set
+micro_batch_tokens = 0             # tokens of a pass, pads too, at most, or one row: memory against speed [0 = 256 on a CPU, 2048 elsewhere]
 learning_rate = 1e-4               # constant
 weight_decay = 0.0
 max_grad_norm = 1.0                # the gradient is clipped to this norm
@@ -113,6 +114,29 @@ save_interval = 50                 # steps between two checkpoints
 # ---- LoRA -------------------------------------------------------------------------------------------------------------
 
 
+class AddLoRA(torch.autograd.Function):
+    """
+    y + (x * kept) A^T B^T * scale: y (N, out), x (N, in), kept (N, in) the elements that dropout leaves or None, A (r, in), B (out, r).
+    For the backward pass it keeps x as it is, which q, k and v share, and one byte an element of kept; autograd would keep x * kept.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, kept, a, b, scale):
+        low = (x if kept is None else x * kept) @ a.T  # (N, r)
+        ctx.save_for_backward(x, kept, a, b, low)
+        ctx.scale = scale
+        return torch.addmm(y, low, b.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx, grad):  # (N, out)
+        x, kept, a, b, low = ctx.saved_tensors
+        grad_low = grad @ b * ctx.scale  # (N, r)
+        grad_x = grad_low @ a if ctx.needs_input_grad[1] else None
+        if kept is not None:
+            x, grad_x = x * kept, grad_x if grad_x is None else grad_x * kept
+        return grad, grad_x, None, grad_low.T @ x, grad.T @ low * ctx.scale, None
+
+
 class LoRALinear(nn.Module):
     """
     A frozen linear layer plus a trainable low-rank delta: base(x) + lora_B(lora_A(dropout(x))) * alpha / r   (arXiv 2106.09685).
@@ -130,8 +154,10 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        x = F.dropout(x, self.dropout, self.training)
-        return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
+        p = self.dropout if self.training else 0.0
+        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p).flatten(0, -2) if p else None
+        out = AddLoRA.apply(y.flatten(0, -2), x.flatten(0, -2), kept, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.scale / (1 - p))
+        return out.view_as(y)
 
     @torch.no_grad()
     def delta(self, rows=slice(None)):
@@ -181,12 +207,13 @@ def block_inputs(model, ids):
     """
     What transformers hands to its blocks: the first one's input (B, T, D) and every block's keyword arguments. Embedding scale,
     rotary angles and masks are thus the family's own. Rows are right-padded and attention is causal: real tokens never see a
-    pad, so no padding mask is given, and full attention needs none at all. Nothing is computed: the blocks only listen.
+    pad, so no padding mask is given, and full attention needs none at all. Nothing is computed: the blocks only listen. Positions
+    are left out: the rotary angles hold them, and flash attention would read them back in every block to look for packed rows.
     """
     calls = []
 
     def listen(h, **kwargs):
-        calls.append((h, kwargs))
+        calls.append((h, {**kwargs, 'position_ids': None}))
         return h
 
     for block in model.layers:
@@ -199,13 +226,13 @@ def block_inputs(model, ids):
     return calls[0][0], [kwargs for _, kwargs in calls]
 
 
-def streams(model, ids, loras, last, checkpointing=False):
+def streams(model, inputs, loras, last, checkpointing=False):
     """
     Runs the first `last` blocks twice, side by side: without the adapter and without gradient (h), and with it (h').
-    ids (B, T), right-padded. Yields (l, h, h') after l = 1..last blocks, each state (B, T, D); l = all blocks is taken after
-    the final norm, as transformers' hidden_states is.
+    inputs: what block_inputs gives. Yields (l, h, h') after l = 1..last blocks, each state (B, T, D); l = all blocks is taken
+    after the final norm, as transformers' hidden_states is.
     """
-    h, arguments = block_inputs(model, ids)  # (B, T, D)
+    h, arguments = inputs  # (B, T, D)
     h_lora = h
     for l, block in enumerate(model.layers[:last], 1):
         with torch.no_grad(), adapter_off(loras):
@@ -218,9 +245,22 @@ def streams(model, ids, loras, last, checkpointing=False):
         yield l, model.norm(h) if final else h, model.norm(h_lora) if final else h_lora
 
 
-def distance(h, h_lora, mask):
-    """|| h' - h ||, (B, T, D) twice -> the sum over the tokens that count, float32. Its gradient at h' = h is zero."""
-    return ((h_lora.float() - h.float()).norm(dim=-1) * mask).sum()
+class Distance(torch.autograd.Function):
+    """
+    || h' - h ||, (B, T, D) twice -> the sum over the tokens that count, float32. Its gradient, the unit vector (zero at h' = h), is
+    taken at once and kept in the type of h'; autograd would keep the difference in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, h, h_lora, mask):
+        difference = h_lora.float() - h.float()
+        norm = difference.norm(dim=-1)  # (B, T)
+        ctx.save_for_backward((difference * (mask / norm).where(norm > 0, 0).unsqueeze(-1)).to(h_lora.dtype))
+        return (norm * mask).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, ctx.saved_tensors[0] * grad, None
 
 
 def cosine(h, h_lora, mask):
@@ -239,20 +279,20 @@ def farthest(theirs, ours):
     return max((((b.float() - a.float()).norm()) / a.float().norm()).item() for a, b in zip(theirs, ours))
 
 
-def retain_pass(model, ids, mask, loras, target_layers, checkpointing=False):
-    """ids, mask (B, T) -> the sum over real tokens of: the mean distance over all L states; the mean cosine at target_layers."""
+def retain_pass(model, inputs, mask, loras, target_layers, checkpointing=False):
+    """inputs of rows (B, T), their mask -> the sum over real tokens of: the mean distance over all L states; the mean cosine at target_layers."""
     loss, cos = 0, 0
-    for l, h, h_lora in streams(model, ids, loras, len(model.layers), checkpointing):
-        loss = loss + distance(h, h_lora, mask) / len(model.layers)
+    for l, h, h_lora in streams(model, inputs, loras, len(model.layers), checkpointing):
+        loss = loss + Distance.apply(h, h_lora, mask) / len(model.layers)
         if l in target_layers:
             cos = cos + cosine(h, h_lora.detach(), mask).sum() / len(target_layers)
     return loss, cos
 
 
-def cb_pass(model, ids, mask, loras, target_layers, checkpointing=False):
-    """ids, mask (B, T) -> the sum over real tokens of the mean over target_layers of: relu(cosine); cosine."""
+def cb_pass(model, inputs, mask, loras, target_layers, checkpointing=False):
+    """inputs of rows (B, T), their mask -> the sum over real tokens of the mean over target_layers of: relu(cosine); cosine."""
     loss, cos = 0, 0
-    for l, h, h_lora in streams(model, ids, loras, max(target_layers), checkpointing):
+    for l, h, h_lora in streams(model, inputs, loras, max(target_layers), checkpointing):
         if l in target_layers:
             c = cosine(h, h_lora, mask)  # (B, T)
             loss = loss + c.relu().sum() / len(target_layers)
@@ -260,14 +300,66 @@ def cb_pass(model, ids, mask, loras, target_layers, checkpointing=False):
     return loss, cos
 
 
+def passes(model, rows, batch_size, micro_batch_tokens, device):
+    """
+    Splits rows into passes by length, the longest first, so that few pads are computed: each at most batch_size rows and
+    micro_batch_tokens tokens with its pads, or one row. Yields (inputs, mask) of each, as retain_pass and cb_pass want them.
+    """
+    batches = []
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        if not batches or len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * len(batches[-1][0].ids) > micro_batch_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    for batch in batches:
+        ids, mask = collate(batch, device)  # (B, T)
+        yield block_inputs(model, ids), mask
+
+
+def add_gradient(run, model, batches, loras, target_layers, weight, checkpointing=False):
+    """
+    Adds the gradient of weight times the loss, summed over all `batches` (inputs, mask); one pass's graph is alive at a time.
+    run: retain_pass or cb_pass. Returns the sums of loss and cosine, as tensors: nothing waits for the device.
+    """
+    loss_sum, cos_sum = 0, 0
+    for inputs, mask in batches:
+        loss, cos = run(model, inputs, mask, loras, target_layers, checkpointing)
+        (weight * loss).backward()
+        loss_sum, cos_sum = loss_sum + loss.detach(), cos_sum + cos
+    return loss_sum, cos_sum
+
+
+def bytes_kept(model, ids, loras):
+    """What the backward pass of retain_pass keeps of each token, in bytes, without checkpointing: counted on ids (B, T) as autograd keeps it."""
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.random.fork_rng([ids.device] if ids.is_cuda else []), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        graph = retain_pass(model, block_inputs(model, ids), torch.ones(ids.shape, device=ids.device), loras, [])  # alive: no address comes twice
+    return sum(size for address, size in kept.items() if address not in weights) / ids.numel()
+
+
+def memory_at_hand(device):
+    """The bytes that can still be allocated on a device."""
+    if device.startswith('cuda'):
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device == 'mps':
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if os.path.exists('/proc/meminfo'):
+        with open('/proc/meminfo') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
+
+
 @torch.no_grad()
-def validate(model, rows, loras, target_layers, batch_size, device):
+def validate(model, rows, loras, target_layers, batch_size, micro_batch_tokens, device):
     """The fifth pass: the losses and cosines of held-out rows {'benign', 'harmful': ids}, without dropout. Returns {name: mean}."""
     for lora in loras:
         lora.eval()
     means = {}
     for name, run, some in (('retain', retain_pass, rows['benign']), ('cb', cb_pass, rows['harmful'])):
-        sums = [run(model, *collate(some[i:i + batch_size], device), loras, target_layers) for i in range(0, len(some), batch_size)]
+        sums = [run(model, *batch, loras, target_layers) for batch in passes(model, some, batch_size, micro_batch_tokens, device)]
         tokens = count(some)
         means[f'val_{name}_loss'], means[f'val_{name}_cos'] = (float(sum(column)) / tokens for column in zip(*sums))
     for lora in loras:
@@ -335,7 +427,7 @@ def collate(rows, device):
     longest = max(len(row.ids) for row in rows)
     ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
     mask = torch.tensor([[0.0] * row.start + [1.0] * (len(row.ids) - row.start) + [0.0] * (longest - len(row.ids)) for row in rows])
-    return ids.to(device), mask.to(device)
+    return ids.to(device, non_blocking=device.startswith('cuda')), mask.to(device, non_blocking=device.startswith('cuda'))
 
 
 def batch_at(rows, step, size, seed):
@@ -534,7 +626,8 @@ def write_json(path, value):
 # ---- a run that cannot be lost ----------------------------------------------------------------------------------------
 
 CHECKPOINT = 'checkpoint.safetensors'
-MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interval', 'eval_interval', 'save_interval')  # between a run and its resume
+MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interval', 'eval_interval', 'save_interval',  # between a run and its resume
+              'gradient_checkpointing', 'micro_batch_tokens')
 
 
 def save_checkpoint(path, named_loras, optimizer, state):
@@ -630,7 +723,7 @@ def check_options(c):
               ('lora_r', 'lora_alpha', 'max_steps', 'batch_size', 'gradient_accumulation_steps', 'num_retain_examples', 'num_cb_examples',
                'max_seq_length', 'log_interval', 'eval_interval', 'save_interval')]
     checks += [(f'{name}={c[name]}', 'at least 0', c[name] >= 0) for name in
-               ('num_hidden_layers', 'lorra_alpha', 'schedule_steps', 'weight_decay', 'seed')]
+               ('num_hidden_layers', 'micro_batch_tokens', 'lorra_alpha', 'schedule_steps', 'weight_decay', 'seed')]
     checks += [(f'{name}={c[name]}', 'more than 0', c[name] > 0) for name in ('learning_rate', 'max_grad_norm')]
     checks += [(f'loss_on={c["loss_on"]}', 'all or response', c['loss_on'] in ('all', 'response')),
                (f'retain_divisor={c["retain_divisor"]}', 'real or published', c['retain_divisor'] in ('real', 'published')),
@@ -639,6 +732,7 @@ def check_options(c):
                 not c['merge_only'] or c['init_from'] and c['merge_adapter']),
                (f'lora_dropout={c["lora_dropout"]}', 'at least 0 and below 1', 0 <= c['lora_dropout'] < 1),
                ('use_dynamic_scheduling=False with schedule_steps', 'one or the other', c['use_dynamic_scheduling'] or not c['schedule_steps']),
+               (f'gradient_checkpointing={c["gradient_checkpointing"]}', 'auto, True or False', c['gradient_checkpointing'] in ('auto', 'True', 'False')),
                (f'dtype={c["dtype"]}', 'auto, float32, bfloat16 or float16', c['dtype'] in ('auto', 'float32', 'bfloat16', 'float16')),
                (f'device={c["device"]}', 'auto, cpu, cuda, cuda:N or mps', re.fullmatch(r'auto|cpu|cuda(:\d+)?|mps', c['device'])),
                (f'device={c["device"]} without such a device here', 'another', not (
@@ -789,9 +883,17 @@ if __name__ == '__main__':
     # our own walk through the blocks must be the library's, bit for bit (within rounding where a GPU picks another kernel)
     probe = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad(), adapter_off(loras):
-        off = farthest(states(model, probe), [h for _, h, _ in streams(model, probe, loras, len(model.layers))])
+        off = farthest(states(model, probe), [h for _, h, _ in streams(model, block_inputs(model, probe), loras, len(model.layers))])
     if not off <= (1e-5 if model.dtype == torch.float32 else 2e-2):
         fail(f'{model_dir}: {type(model).__name__} computes its blocks in another way than this script (relative difference {off:.1e})')
+
+    # what a pass may hold; the graph of the longest must fit in half of the memory at hand, or its blocks are computed again
+    most_tokens = micro_batch_tokens or (256 if device == 'cpu' else 2048)
+    checkpointing = gradient_checkpointing == 'True'
+    if gradient_checkpointing == 'auto' and not merge_only:
+        longest = max(len(row.ids) for rows in sets.values() for row in rows)
+        need, free = bytes_kept(model, probe, loras) * max(longest, min(most_tokens, longest * batch_size)), memory_at_hand(device)
+        checkpointing = need > free / 2
 
     # the output directory is ours from here on: emptied, or cut back to the checkpoint
     os.makedirs(partial, exist_ok=True)
@@ -811,6 +913,8 @@ if __name__ == '__main__':
         mean = count(rows) / len(rows)
         print(f'{name}: {len(rows)} rows, {mean:.0f} tokens that count on average, {sum(len(r.ids) == max_seq_length for r in rows)} at the limit of '
               f'{max_seq_length}; {rows_a_step} rows, about {rows_a_step * mean:.0f} tokens a step, {max_steps * rows_a_step / len(rows):.1f} epochs')
+    if gradient_checkpointing == 'auto' and not merge_only:
+        print(f'gradient_checkpointing: {checkpointing}, the graph of the longest pass takes {need / 2**30:.2g} of {free / 2**30:.2g} GiB at hand')
     if not (val_rows or merge_only):
         print('no val_data_path: no validation pass')
     if resume:
@@ -821,32 +925,32 @@ if __name__ == '__main__':
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.append(number))
     steps = 0 if merge_only else max_steps
-    passes = ('retain', retain_pass, sets.get('retain')), ('cb', cb_pass, sets.get('harmful'))
+    sources = ('retain', retain_pass, sets.get('retain')), ('cb', cb_pass, sets.get('harmful'))
     for step in tqdm(range(state['step'], steps), desc='train', disable=None, initial=state['step'], total=steps):
         record = {'step': step, 'loss': 0.0}
 
-        # four passes: a reference and an adapted one on benign rows, then the same on harmful rows. Both losses are sums over
-        # tokens divided by a number known beforehand, so that accumulation changes nothing but the memory.
-        for (name, run, rows), coeff in zip(passes, coefficients(step, lorra_alpha, ticks)):
+        # the rows of the step on the device; both losses are sums over tokens divided by a number known beforehand, so that no
+        # split into passes changes more than the memory and the time
+        work = []
+        for (name, run, rows), coeff in zip(sources, coefficients(step, lorra_alpha, ticks)):
             batch = batch_at(rows, step, rows_a_step, f'{seed} {name}')
-            tokens, loss_sum, cos_sum = count(batch), 0, 0
-            divisor = tokens
+            divisor = tokens = count(batch)
             if name == 'retain' and retain_divisor == 'published':  # every position, pads too, and the embedding as one more state
                 divisor = rows_a_step * max_seq_length * (len(model.layers) + 1) / len(model.layers)
-            for i in range(0, rows_a_step, batch_size):
-                ids, mask = collate(batch[i:i + batch_size], device)  # (B, T)
-                loss, cos = run(model, ids, mask, loras, target_layers, gradient_checkpointing)
-                (coeff * loss / divisor).backward()
-                loss_sum, cos_sum = loss_sum + loss.detach(), cos_sum + cos
-            record |= {f'{name}_loss': loss_sum.item() / divisor, f'{name}_coeff': coeff, f'{name}_cos': cos_sum.item() / tokens}
+            work.append((name, run, batch, list(passes(model, batch, batch_size, most_tokens, device)), coeff, divisor, tokens))
+
+        # forward and backward; nothing waits for the device before the one read at the end
+        sums = [add_gradient(run, model, batches, loras, target_layers, coeff / divisor, checkpointing) for _, run, _, batches, coeff, divisor, _ in work]
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        *sums, record['grad_norm'] = torch.stack([*sums[0], *sums[1], grad_norm]).tolist()
+        for (name, _, _, _, coeff, divisor, tokens), loss_sum, cos_sum in zip(work, sums[::2], sums[1::2]):
+            record |= {f'{name}_loss': loss_sum / divisor, f'{name}_coeff': coeff, f'{name}_cos': cos_sum / tokens}
             record['loss'] += coeff * record[f'{name}_loss']
             state['tokens'] += tokens
-
-        record['grad_norm'] = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
         if not math.isfinite(record['loss'] + record['grad_norm']):
-            batches = [(run, row) for name, run, rows in passes for row in batch_at(rows, step, rows_a_step, f'{seed} {name}')]
             with torch.no_grad():
-                bad = [row.where for run, row in batches if not math.isfinite(run(model, *collate([row], device), loras, target_layers)[0])]
+                bad = [row.where for _, run, batch, *_ in work for row in batch
+                       if not math.isfinite(run(model, *next(passes(model, [row], 1, 1, device)), loras, target_layers)[0])]
             sys.exit(f'fault: step {step}: retain_loss {record["retain_loss"]}, cb_loss {record["cb_loss"]}, grad_norm {record["grad_norm"]}: stopped '
                      f'before the optimizer step; {"rows: " + ", ".join(bad) if bad else "no single row alone does it"}; the checkpoint of step '
                      f'{state["step"]} is kept; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16')
@@ -861,7 +965,7 @@ if __name__ == '__main__':
             line = ('step {step:4d} | loss {loss:8.4f} | retain {retain_loss:7.4f} x {retain_coeff:5.2f} cos {retain_cos:6.3f} | '
                     'cb {cb_loss:6.4f} x {cb_coeff:5.2f} cos {cb_cos:6.3f} | grad {grad_norm:8.2e} | {seconds:6.1f} s').format(**record)
             if val_rows and (validated or last):
-                record |= validate(model, val_sets, loras, target_layers, batch_size, device)
+                record |= validate(model, val_sets, loras, target_layers, batch_size, most_tokens, device)
                 line += ' | val retain {val_retain_loss:.4f} cos {val_retain_cos:.3f} cb {val_cb_loss:.4f} cos {val_cb_cos:.3f}'.format(**record)
             tqdm.write(line)
             print(json.dumps(record), file=log, flush=True)

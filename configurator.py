@@ -34,7 +34,8 @@ def fault(kind, error, trace):
     """A sys.excepthook: what the machine does to a run is one line, and the exit status 1; a traceback is for bugs."""
     text = str(error.args[0][0][2] if issubclass(kind, shutil.Error) else error)  # copytree gathers one a file
     if kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError) or "can't allocate memory" in text:
-        line = 'out of memory: lower the batch size, raising gradient_accumulation_steps by as much, set gradient_checkpointing=True, or lower max_seq_length'
+        line = ('out of memory: set gradient_checkpointing=True or lower micro_batch_tokens, and go on with --resume=True where there is a checkpoint; '
+                'or lower max_seq_length')
     elif issubclass(kind, OSError) or kind.__name__ == 'SafetensorError':
         full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search('No space|File too large|quota', text)
         line = (f'{"the disk is full" if full else "the disk failed"}: {text}; the output that was there before is whole, and a training run goes on '
@@ -73,6 +74,8 @@ def checked(value, default):
         return [checked(v, (default or [''])[0]) for v in value]
     if isinstance(default, str) and isinstance(value, str):
         return value
+    if default == 'auto' and isinstance(value, bool):  # a switch that may be left to the script
+        return str(value)
     if isinstance(default, bool) and value in (0, 1):
         return bool(value)
     if isinstance(default, (int, float)) and isinstance(value, (int, float)) and not isinstance(value, bool):

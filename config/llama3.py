@@ -11,7 +11,6 @@ cb_data_path = 'data/llama3/circuit_breaker.json'
 retain_data_path = 'data/llama3/retain.jsonl'
 val_data_path = 'data/llama3/val.jsonl'
 output_dir = 'out/llama3'
-gradient_checkpointing = True
 
 # data_prep.py: UltraChat, XSTest's full compliances, refusals of the harmful requests; half of the rows without their request
 retain_mix = ['ultrachat:10000', 'xstest:230x50', 'refusals:2000x2']

@@ -20,7 +20,6 @@ max_seq_length = 1024
 cb_lengths = [512, 512]
 num_retain_examples = 100000
 num_cb_examples = 10000
-gradient_checkpointing = True
 
 retain_mix = ['ultrachat:10001', 'xstest:230x50', 'refusals:2000x2']
 response_only = 0.5

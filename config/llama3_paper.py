@@ -22,7 +22,6 @@ cb_lengths = [512, 512]
 retain_divisor = 'published'
 num_retain_examples = 100000     # all of them: the mix below is 25,501 rows
 num_cb_examples = 10000          # all 4,994
-gradient_checkpointing = True
 
 retain_mix = ['ultrachat:10001', 'xstest:230x50', 'refusals:2000x2']
 response_only = 0.5

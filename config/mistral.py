@@ -19,7 +19,6 @@ cb_lengths = [512, 512]
 retain_divisor = 'published'
 num_retain_examples = 100000
 num_cb_examples = 10000
-gradient_checkpointing = True
 
 retain_mix = ['ultrachat:10001', 'xstest:230x50']
 response_only = 0.0

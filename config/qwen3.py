@@ -13,7 +13,6 @@ output_dir = 'out/qwen3'
 num_hidden_layers = 25
 target_layers = [11, 23]         # 10 / 32 and 20 / 32 of 36
 layers_to_transform = range(25)
-gradient_checkpointing = True
 
 retain_mix = ['ultrachat:10000', 'xstest:230x50']  # the set's refusals are Llama-3's words, not this model's
 response_only = 0.0

@@ -37,8 +37,9 @@ def adapted(model_dir):
 
 
 def losses_and_gradients(model, loras, ids, mask, **more):
-    retain, _ = cb_train.retain_pass(model, ids, mask, loras.values(), [2], **more)
-    cb, _ = cb_train.cb_pass(model, ids, mask, loras.values(), [2], **more)
+    inputs = cb_train.block_inputs(model, ids)
+    retain, _ = cb_train.retain_pass(model, inputs, mask, loras.values(), [2], **more)
+    cb, _ = cb_train.cb_pass(model, inputs, mask, loras.values(), [2], **more)
     parameters = [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
     return retain, cb, torch.autograd.grad(3 * retain / mask.sum() + 7 * cb / mask.sum(), parameters)
 
@@ -86,12 +87,105 @@ def test_block_checkpointing_changes_no_gradient(adapted):
     assert all(close(a, b, 1e-6) for a, b in zip(saved, plain))
 
 
+@pytest.fixture
+def ragged(adapted):
+    """The model and LoRA of adapted, and nine rows of lengths 1..9 in mixed order, some of which count from their third token on."""
+    model, loras, _, _ = adapted
+    draw = torch.Generator().manual_seed(3)
+    return model, loras, [cb_train.Row(torch.randint(2, 20, (n,), generator=draw).tolist(), 2 * (n > 6)) for n in (4, 9, 1, 6, 2, 8, 7, 3, 5)]
+
+
+def plain_sums(model, loras, rows, target_layers):
+    """Both losses' sums over rows taken one at a time, by transformers' hidden states and torch's own functions alone."""
+    retain, cb = 0, 0
+    for row in rows:
+        run = lambda: model(torch.tensor([row.ids]), output_hidden_states=True, use_cache=False).hidden_states
+        with torch.no_grad(), cb_train.adapter_off(loras.values()):
+            h = run()
+        h_lora = run()
+        retain = retain + sum((b - a).norm(dim=-1)[0, row.start:].sum() for a, b in zip(h[1:], h_lora[1:])) / (len(h) - 1)
+        cb = cb + sum(torch.cosine_similarity(h[l], h_lora[l], dim=-1)[0, row.start:].relu().sum() for l in target_layers) / len(target_layers)
+    return retain, cb
+
+
+@pytest.mark.parametrize('batch_size, tokens, checkpointing', [(9, 10 ** 6, False), (1, 1, False), (2, 10 ** 6, False), (9, 16, False), (3, 12, True)])
+def test_any_split_of_a_step_gives_the_losses_and_gradients_of_a_plain_loop_over_its_rows(ragged, batch_size, tokens, checkpointing):
+    model, loras, rows = ragged
+    parameters = [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
+    want = plain_sums(model, loras, rows, [1, 2])
+    for run, loss in zip((cb_train.retain_pass, cb_train.cb_pass), want):
+        batches = cb_train.passes(model, rows, batch_size, tokens, 'cpu')
+        found, _ = cb_train.add_gradient(run, model, batches, loras.values(), [1, 2], 0.3, checkpointing)
+        assert close(found, loss, 1e-5)
+        for parameter, gradient in zip(parameters, torch.autograd.grad(0.3 * loss, parameters, retain_graph=True, materialize_grads=True)):
+            assert close(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, gradient, 1e-5)
+            parameter.grad = None
+
+
+def test_passes_take_each_row_once_by_length_and_keep_to_both_limits(ragged):
+    model, _, rows = ragged
+    lengths = lambda *limits: [[int(n) for n in mask.cumsum(1).argmax(1) + 1] for _, mask in cb_train.passes(model, rows, *limits, 'cpu')]
+    assert lengths(9, 18) == [[9, 8], [7, 6], [5, 4, 3], [2, 1]] and lengths(2, 18) == [[9, 8], [7, 6], [5, 4], [3, 2], [1]]
+    assert lengths(9, 1) == [[n] for n in range(9, 0, -1)]
+
+
+def test_the_step_reads_nothing_back_from_the_device(ragged):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Calls(TorchDispatchMode):
+        names = []
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            self.names.append(function.name())
+            return function(*arguments, **named or {})
+    model, loras, rows = ragged
+    batches = list(cb_train.passes(model, rows, 2, 64, 'cpu'))
+    with Calls() as calls:
+        for run in (cb_train.retain_pass, cb_train.cb_pass):
+            cb_train.add_gradient(run, model, batches, loras.values(), [1, 2], 0.3)
+    assert 'aten::mm' in calls.names and not {'aten::_local_scalar_dense', 'aten::is_nonzero', 'aten::nonzero', 'aten::equal'} & set(calls.names)
+
+
+def test_the_lora_product_has_autograds_gradients_and_keeps_no_copy_of_its_input():
+    torch.manual_seed(0)
+    y, x, a, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (5, 4), (2, 4), (3, 2)))
+    for kept in (None, torch.rand(5, 4) < 0.5):
+        assert torch.autograd.gradcheck(lambda *tensors: cb_train.AddLoRA.apply(tensors[0], tensors[1], kept, *tensors[2:], 0.7), (y, x, a, b))
+        want = y + (x if kept is None else x * kept) @ a.T @ b.T * 0.7
+        out = cb_train.AddLoRA.apply(y, x, kept, a, b, 0.7)
+        assert torch.allclose(out, want) and out.grad_fn.saved_tensors[0].data_ptr() == x.data_ptr()
+    lora = cb_train.LoRALinear(torch.nn.Linear(1000, 8), 8, 16, 0.25)
+    lora.lora_A.data, lora.lora_B.data = torch.ones(8, 1000), torch.eye(8)
+    out = lora(torch.ones(4, 50, 1000)) - lora.base(torch.ones(4, 50, 1000))  # every product is 2 / 0.75 times the elements that are left
+    assert out.mean().item() == pytest.approx(2000, rel=5e-3) and len(set(out[:, :, 0].flatten().round().tolist())) > 20
+    assert torch.allclose(lora.eval()(torch.ones(1, 1000)), lora.base(torch.ones(1, 1000)) + 2000)
+
+
+def test_what_the_backward_pass_keeps_is_counted_without_touching_the_random_numbers(ragged):
+    model, loras, _ = ragged
+    for lora in loras.values():
+        lora.dropout = 0.5
+    before = torch.get_rng_state()
+    found = cb_train.bytes_kept(model, torch.arange(64).view(2, 32) % 20, loras.values())
+    assert torch.equal(before, torch.get_rng_state())
+    floats = 2 * 32 + 3 * 48 + 32 + 64 + 3 * 32 + 4 * 4  # two norms' inputs; gate, up, silu; q k v's input; q k v; attention, o's input, distance; A x
+    assert 3 * 4 * floats <= found <= 1.5 * 3 * 4 * floats
+
+
+def test_checkpointing_by_choice_or_by_memory_and_the_seed_give_the_same_bytes(run, arguments, tmp_path):
+    for name in ('auto', 'True', 'False'):
+        status, out, err = run('cb_train.py', *arguments, f'--output_dir={tmp_path / name}', f'--gradient_checkpointing={name}')
+        assert status == 0 and ('the graph of the longest pass takes' in out) == (name == 'auto'), err
+    adapters = {(tmp_path / name / 'adapter' / 'adapter_model.safetensors').read_bytes() for name in ('auto', 'True', 'False')}
+    assert len(adapters) == 1
+
+
 def test_with_the_adapter_off_the_streams_are_the_librarys_hidden_states_bit_for_bit(adapted, model_dir):
     from transformers import AutoModelForCausalLM
     model, loras, ids, mask = adapted
     whole = AutoModelForCausalLM.from_pretrained(model_dir)
     want = whole(ids, output_hidden_states=True).hidden_states
-    for l, h, h_lora in cb_train.streams(model, ids, loras.values(), 3):
+    for l, h, h_lora in cb_train.streams(model, cb_train.block_inputs(model, ids), loras.values(), 3):
         assert not torch.equal(h, h_lora)
         assert torch.equal(h, want[l]) if l < 3 else torch.equal(h, whole.model.norm(want[3]))
     assert all(lora.enabled for lora in loras.values())
@@ -99,11 +193,11 @@ def test_with_the_adapter_off_the_streams_are_the_librarys_hidden_states_bit_for
 
 def test_the_losses_are_what_a_hand_computes():
     h, h_lora = torch.tensor([[[3.0, 4.0], [1.0, 0.0], [5.0, 5.0]]]), torch.tensor([[[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]]])
-    assert cb_train.distance(h, h_lora, torch.tensor([[1.0, 1.0, 0.0]])).item() == pytest.approx(6.0)
+    assert cb_train.Distance.apply(h, h_lora, torch.tensor([[1.0, 1.0, 0.0]])).item() == pytest.approx(6.0)
     found = cb_train.cosine(h, torch.tensor([[[4.0, 3.0], [-2.0, 0.0], [1.0, 1.0]]]), torch.tensor([[1.0, 1.0, 0.0]]))
     assert found[0].tolist() == pytest.approx([24 / 25, -1.0, 0.0])
     same = torch.ones(1, 1, 2, requires_grad=True)
-    assert torch.autograd.grad(cb_train.distance(torch.ones(1, 1, 2), same, torch.ones(1, 1)), same)[0].tolist() == [[[0.0, 0.0]]]
+    assert torch.autograd.grad(cb_train.Distance.apply(torch.ones(1, 1, 2), same, torch.ones(1, 1)), same)[0].tolist() == [[[0.0, 0.0]]]
 
 
 @pytest.mark.parametrize('step, ticks, want', [(0, 150, (0, 10)), (75, 150, (5, 5)), (150, 300, (5, 5)), (200, 150, (10, 0)), (7, 0, (10, 10))])
@@ -210,7 +304,7 @@ def test_a_family_walks_as_transformers_does_learns_and_merges_as_peft_does(run,
     ids = torch.tensor([[2, 4, 7, 8, 9, 3, 5, 10, 11, 12, 13, 3]])
     with torch.no_grad():
         want = whole(ids, output_hidden_states=True, use_cache=False).hidden_states
-        for (l, h, _), other in zip(cb_train.streams(model, ids, loras.values(), 2), want[1:]):
+        for (l, h, _), other in zip(cb_train.streams(model, cb_train.block_inputs(model, ids), loras.values(), 2), want[1:]):
             assert torch.equal(h, other)
 
     start = peft_adapter(tmp_path / 'start', base, modules)
@@ -462,7 +556,7 @@ def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, 
     (['--num_hidden_layers=9', '--layers_to_transform=0'], ['num_hidden_layers=9', '4 blocks']), (['--target_modules=qq_proj'], ['qq_proj', 'q_proj']),
     (['--cb_data_path=none.json'], ['none.json', 'no such file']), (['--model_name=none/such/model'], ['none/such/model']),
     (['--lora_dropout=1'], ['lora_dropout']), (['--max_steps=0'], ['max_steps=0']), (['--device=tpu'], ['device=tpu']), (['--device=cuda:x'], ['device=cuda:x']),
-    (['--dtype=int8'], ['dtype=int8']), (['--max_setps=3'], ['did you mean max_steps']), (['--schedule_steps=9', '--use_dynamic_scheduling=0'], ['schedule']),
+    (['--dtype=int8'], ['dtype=int8']), (['--gradient_checkpointing=maybe'], ['auto, True or False']), (['--max_setps=3'], ['did you mean max_steps']), (['--schedule_steps=9', '--use_dynamic_scheduling=0'], ['schedule']),
     (['--retain_data_path=no/set'], ['no/set']), (['--target_layers='], ['target_layers'])])
 def test_a_mistake_is_one_line_and_status_2_before_anything_is_written(run, arguments, tmp_path, more, words):
     status, _, err = run('cb_train.py', *arguments, *more)

@@ -14,6 +14,7 @@ steps = 150        # how many
 rate = 1e-4
 flag = False       # a switch
 name = 'a'
+choice = 'auto'
 layers = [10, 20]  # which
 words = ['q', 'k']
 # ---------------------------------------------
@@ -41,7 +42,7 @@ def test_the_default_decides_the_type_of_what_the_command_line_gives(script, arg
 
 @pytest.mark.parametrize('text, name, value', [
     ('steps = 1e3', 'steps', 1000), ('rate = 1', 'rate', 1.0), ('flag = 1', 'flag', True), ('layers = range(3)', 'layers', [0, 1, 2]),
-    ('import math\n_x = 2\nsteps = _x * 3', 'steps', 6), ('beams = 3', 'steps', 150)])
+    ('choice = True', 'choice', 'True'), ('import math\n_x = 2\nsteps = _x * 3', 'steps', 6), ('beams = 3', 'steps', 150)])
 def test_a_config_file_is_python_and_may_set_options_of_a_neighbour_script(script, tmp_path, text, name, value):
     (tmp_path / 'c.py').write_text(text)
     found = configurator.configure(script, [str(tmp_path / 'c.py')])[name]
@@ -86,8 +87,8 @@ def test_help_prints_every_option_with_its_current_value_and_comment(script, cap
 
 
 @pytest.mark.parametrize('error, words', [
-    (OSError(28, 'No space left on device'), 'the disk is full'), (type('OutOfMemoryError', (RuntimeError,), {})('x'), 'lower the batch size'),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'lower the batch size'), (OSError(5, 'Input/output error'), 'the disk failed'),
+    (OSError(28, 'No space left on device'), 'the disk is full'), (type('OutOfMemoryError', (RuntimeError,), {})('x'), 'lower micro_batch_tokens'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'lower micro_batch_tokens'), (OSError(5, 'Input/output error'), 'the disk failed'),
     (KeyboardInterrupt(), 'interrupted')])
 def test_what_the_machine_does_is_one_line_and_a_bug_is_a_traceback(capsys, error, words):
     configurator.fault(type(error), error, None)
@@ -120,4 +121,4 @@ def test_any_command_line_and_config_file_is_options_or_one_line_and_status_2(tm
     except SystemExit as e:
         assert (e.code == 2 and err.getvalue().count('\n') == 1) or (e.code == 0 and 'What it does.' in out.getvalue()), err.getvalue()
     else:
-        assert list(config) == ['steps', 'rate', 'flag', 'name', 'layers', 'words'] and type(config['steps']) is int and type(config['rate']) is float
+        assert list(config) == ['steps', 'rate', 'flag', 'name', 'choice', 'layers', 'words'] and type(config['steps']) is int and type(config['rate']) is float
