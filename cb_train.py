@@ -85,7 +85,7 @@ layers_to_transform = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16,
 max_steps = 150                    # optimizer steps
 batch_size = 4                     # rows of each set in a pass, at most
 gradient_accumulation_steps = 1    # a step has so many times batch_size rows of each set
-micro_batch_tokens = 0             # tokens of a pass, pads too, at most, or one row: memory against speed [0 = 256 on a CPU, 2048 elsewhere]
+micro_batch_tokens = 0             # tokens of a pass, pads too, at most, or one row: memory against speed [0 = 384 on a CPU, 2048 elsewhere]
 learning_rate = 1e-4               # constant
 weight_decay = 0.0
 max_grad_norm = 1.0                # the gradient is clipped to this norm
@@ -114,9 +114,20 @@ save_interval = 50                 # steps between two checkpoints
 # ---- LoRA -------------------------------------------------------------------------------------------------------------
 
 
+def dropout_mask(x, p):
+    """
+    Which elements of x dropout leaves, each with probability 1 - p: one byte an element. A CPU draws one number after the other,
+    so there 16 random bits decide on an element, which rounds p to 1 / 65536 and takes a quarter of bernoulli_'s time.
+    """
+    if x.device.type != 'cpu':
+        return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - p)
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
+    return (bits[:x.numel()] >= round(p * 65536) - 32768).view(torch.uint8).view(x.shape)
+
+
 class AddLoRA(torch.autograd.Function):
     """
-    y + (x * kept) A^T B^T * scale: y (N, out), x (N, in), kept (N, in) the elements that dropout leaves or None, A (r, in), B (out, r).
+    y + (x * kept) A^T B^T * scale: y (N, out), x (N, in), kept (N, in) a dropout_mask or None, A (r, in), B (out, r).
     For the backward pass it keeps x as it is, which q, k and v share, and one byte an element of kept; autograd would keep x * kept.
     """
 
@@ -154,10 +165,9 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        p = self.dropout if self.training else 0.0
-        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p).flatten(0, -2) if p else None
-        out = AddLoRA.apply(y.flatten(0, -2), x.flatten(0, -2), kept, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.scale / (1 - p))
-        return out.view_as(y)
+        p, x = self.dropout if self.training else 0.0, x.flatten(0, -2)  # (N, in)
+        kept = dropout_mask(x, p) if p else None
+        return AddLoRA.apply(y.flatten(0, -2), x, kept, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.scale / (1 - p)).view_as(y)
 
     @torch.no_grad()
     def delta(self, rows=slice(None)):
@@ -352,6 +362,19 @@ def memory_at_hand(device):
     return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
 
 
+def plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing):
+    """
+    What a pass may hold and whether its blocks are computed again in the backward pass: (tokens, True or False, why). 'auto' does
+    that where the graph of the largest pass would take more than half of the memory at hand. longest: tokens of the longest row.
+    """
+    device = str(probe.device)
+    tokens = micro_batch_tokens or (384 if device == 'cpu' else 2048)
+    if gradient_checkpointing != 'auto':
+        return tokens, gradient_checkpointing == 'True', 'as the option says'
+    need, free = bytes_kept(model, probe, loras) * max(longest, min(tokens, longest * batch_size)), memory_at_hand(device)
+    return tokens, need > free / 2, f'the graph of the largest pass takes {need / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are at hand'
+
+
 @torch.no_grad()
 def validate(model, rows, loras, target_layers, batch_size, micro_batch_tokens, device):
     """The fifth pass: the losses and cosines of held-out rows {'benign', 'harmful': ids}, without dropout. Returns {name: mean}."""
@@ -509,13 +532,18 @@ def truncated_config(model_dir, blocks):
     return config, total
 
 
+def attention(dtype, device):
+    """The attention that transformers is asked for: flash-attn where it is installed and can run, or None, the library's choice (torch's)."""
+    flash = dtype in ('bfloat16', 'float16') and device.startswith('cuda') and importlib.util.find_spec('flash_attn')
+    return 'flash_attention_2' if flash else None
+
+
 def load_decoder(model_dir, blocks, dtype, device):
     """The first `blocks` blocks of the decoder with its embedding and final norm, without the head; the rest is never read."""
     config, total = truncated_config(model_dir, blocks)
-    half = str(getattr(config, 'dtype', None) if dtype == 'auto' else dtype).rpartition('.')[2] in ('bfloat16', 'float16')
-    flash = half and device.startswith('cuda') and importlib.util.find_spec('flash_attn')
+    stored = str(getattr(config, 'dtype', None) if dtype == 'auto' else dtype).rpartition('.')[2]
     model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                                              attn_implementation='flash_attention_2' if flash else None)  # None: the library's choice
+                                              attn_implementation=attention(stored, device))
     dropped = re.compile(rf'(^|\.)(lm_head\.|layers\.({"|".join(map(str, range(blocks, total)))})\.)')
     wrong = [*report['missing_keys'], *report['mismatched_keys'], *(key for key in report['unexpected_keys'] if not dropped.search(key))]
     if wrong:
@@ -887,13 +915,8 @@ if __name__ == '__main__':
     if not off <= (1e-5 if model.dtype == torch.float32 else 2e-2):
         fail(f'{model_dir}: {type(model).__name__} computes its blocks in another way than this script (relative difference {off:.1e})')
 
-    # what a pass may hold; the graph of the longest must fit in half of the memory at hand, or its blocks are computed again
-    most_tokens = micro_batch_tokens or (256 if device == 'cpu' else 2048)
-    checkpointing = gradient_checkpointing == 'True'
-    if gradient_checkpointing == 'auto' and not merge_only:
-        longest = max(len(row.ids) for rows in sets.values() for row in rows)
-        need, free = bytes_kept(model, probe, loras) * max(longest, min(most_tokens, longest * batch_size)), memory_at_hand(device)
-        checkpointing = need > free / 2
+    longest = max((len(row.ids) for rows in sets.values() for row in rows), default=1)  # merge_only has no rows
+    pass_tokens, checkpointing, why = plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing)
 
     # the output directory is ours from here on: emptied, or cut back to the checkpoint
     os.makedirs(partial, exist_ok=True)
@@ -913,8 +936,8 @@ if __name__ == '__main__':
         mean = count(rows) / len(rows)
         print(f'{name}: {len(rows)} rows, {mean:.0f} tokens that count on average, {sum(len(r.ids) == max_seq_length for r in rows)} at the limit of '
               f'{max_seq_length}; {rows_a_step} rows, about {rows_a_step * mean:.0f} tokens a step, {max_steps * rows_a_step / len(rows):.1f} epochs')
-    if gradient_checkpointing == 'auto' and not merge_only:
-        print(f'gradient_checkpointing: {checkpointing}, the graph of the longest pass takes {need / 2**30:.2g} of {free / 2**30:.2g} GiB at hand')
+    if not merge_only:
+        print(f'passes of at most {pass_tokens} tokens; gradient checkpointing {"on" if checkpointing else "off"}: {why}')
     if not (val_rows or merge_only):
         print('no val_data_path: no validation pass')
     if resume:
@@ -937,7 +960,7 @@ if __name__ == '__main__':
             divisor = tokens = count(batch)
             if name == 'retain' and retain_divisor == 'published':  # every position, pads too, and the embedding as one more state
                 divisor = rows_a_step * max_seq_length * (len(model.layers) + 1) / len(model.layers)
-            work.append((name, run, batch, list(passes(model, batch, batch_size, most_tokens, device)), coeff, divisor, tokens))
+            work.append((name, run, batch, list(passes(model, batch, batch_size, pass_tokens, device)), coeff, divisor, tokens))
 
         # forward and backward; nothing waits for the device before the one read at the end
         sums = [add_gradient(run, model, batches, loras, target_layers, coeff / divisor, checkpointing) for _, run, _, batches, coeff, divisor, _ in work]
@@ -965,7 +988,7 @@ if __name__ == '__main__':
             line = ('step {step:4d} | loss {loss:8.4f} | retain {retain_loss:7.4f} x {retain_coeff:5.2f} cos {retain_cos:6.3f} | '
                     'cb {cb_loss:6.4f} x {cb_coeff:5.2f} cos {cb_cos:6.3f} | grad {grad_norm:8.2e} | {seconds:6.1f} s').format(**record)
             if val_rows and (validated or last):
-                record |= validate(model, val_sets, loras, target_layers, batch_size, most_tokens, device)
+                record |= validate(model, val_sets, loras, target_layers, batch_size, pass_tokens, device)
                 line += ' | val retain {val_retain_loss:.4f} cos {val_retain_cos:.3f} cb {val_cb_loss:.4f} cos {val_cb_cos:.3f}'.format(**record)
             tqdm.write(line)
             print(json.dumps(record), file=log, flush=True)

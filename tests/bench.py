@@ -1,12 +1,20 @@
 """
 Benchmarks; their figures stand in the README. Not collected by pytest.
 
-    python tests/bench.py merge     # merging into a 4.4 GB checkpoint of 4 shards: time against a plain copy, memory over the imports
+    python tests/bench.py tiny small                # a training step: the straightforward loop against this project, on the CPU
+    python tests/bench.py llama3-8b llama3-70b      # the same on a GPU, random weights made there
+    python tests/bench.py merge                     # merging into a 4.4 GB checkpoint of 4 shards: time against a plain copy, memory
 
-Each contestant runs in a process of its own; memory is the resident set's peak less what it was after the imports.
+A step is retain and harmful rows forward and backward, clipping, AdamW and what the log reads, with the same weights, rows and seeds.
+The straightforward loop is that of the published code: peft's LoRA, AutoModelForCausalLM with its logits, all hidden states stacked,
+rows padded to the maximum. Times are medians in one process, the contestants taken in turn after a warm-up. Memory is taken in a
+fresh process each: CUDA's own peak, or the resident set's peak less what it was after the imports.
 """
+import argparse
 import json
+import math
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -14,6 +22,7 @@ import sys
 import tempfile
 import time
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # or a busy neighbour on the same cores costs whole seconds
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
@@ -31,6 +40,197 @@ def alone(code, *arguments):
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+# name: blocks kept, target layers, rows of each set, maximum length, recompute blocks in the straightforward loop (as published), its config
+SHAPES = {
+    'tiny': (7, [3, 6], 8, 256, False, dict(hidden_size=256, intermediate_size=896, num_attention_heads=8, num_key_value_heads=2, vocab_size=512)),
+    'small': (7, [3, 6], 8, 256, False, dict(hidden_size=256, intermediate_size=896, num_attention_heads=8, num_key_value_heads=2, vocab_size=32000)),
+    'llama3-8b': (21, [10, 20], 16, 1024, True, dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+                                                     vocab_size=128256)),
+    'llama3-70b': (51, [25, 50], 16, 1024, True, dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
+                                                      vocab_size=128256))}
+LORA = dict(r=16, alpha=16, dropout=0.05)
+MODULES = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
+WEIGHT = 5.0  # of both losses, as half way through a schedule
+
+
+def make_config(shape, blocks):
+    """A Llama of one of SHAPES with so many blocks."""
+    from transformers import LlamaConfig
+    return LlamaConfig(**SHAPES[shape][5], num_hidden_layers=blocks, max_position_embeddings=SHAPES[shape][3])
+
+
+def make_rows(shape, median, spread):
+    """
+    A step's retain and harmful rows of random ids. Their lengths are the quantiles of a log-normal distribution with this median, as a
+    share of the maximum, and this spread of the logarithm, cut at the maximum: the same for both sets, in an order drawn for each.
+    """
+    import cb_train
+    _, _, count, longest, _, config = SHAPES[shape]
+    draw, normal = random.Random(0), statistics.NormalDist(0, spread)
+    lengths = [min(longest, round(longest * median * math.exp(normal.inv_cdf((i + 0.5) / count)))) for i in range(count)]
+    return [[cb_train.Row([draw.randrange(config['vocab_size']) for _ in range(n)], 0) for n in draw.sample(lengths, count)] for _ in range(2)]
+
+
+def straightforward(shape, rows, device, dropout=LORA['dropout']):
+    """The published code's step. Returns (step, the model, {name of a linear: (A, B)}); step(update) gives [retain loss, cb loss]."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    blocks, targets, _, longest, checkpointing, _ = SHAPES[shape]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(make_config(shape, blocks), dtype=torch.bfloat16 if device != 'cpu' else torch.float32)
+    whole = get_peft_model(model, LoraConfig(r=LORA['r'], lora_alpha=LORA['alpha'], lora_dropout=dropout, target_modules=MODULES, task_type='CAUSAL_LM'))
+    if checkpointing:
+        whole.enable_input_require_grads()
+        whole.gradient_checkpointing_enable(dict(use_reentrant=False))
+    parameters = [p for p in whole.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+
+    def states(inputs):
+        return whole(**inputs, output_hidden_states=True, use_cache=False).hidden_states  # blocks + 1 of (B, T, D)
+
+    def step(update=True):
+        retain, harmful = ({'input_ids': torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in batch], device=device),
+                            'attention_mask': torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in batch], device=device)}
+                           for batch in rows)
+        retain_mask, harmful_mask = retain['attention_mask'].unsqueeze(-1), harmful['attention_mask']  # (B, T, 1), (B, T)
+        whole.eval()
+        with torch.no_grad(), whole.disable_adapter():
+            retain_h = torch.stack(states(retain)) * retain_mask
+            harmful_h = torch.stack([h for l, h in enumerate(states(harmful)) if l in targets])
+        whole.train()
+        retain_lora = torch.stack(states(retain)) * retain_mask
+        retain_loss = torch.norm(retain_lora - retain_h, dim=-1, dtype=torch.float).sum() / (blocks * retain_mask.sum())
+        harmful_lora = torch.stack([h for l, h in enumerate(states(harmful)) if l in targets])
+        cosine = torch.cosine_similarity(harmful_lora.float(), harmful_h.float(), dim=-1) * harmful_mask
+        cb_loss = cosine.relu().sum() / (len(targets) * harmful_mask.sum())
+        (WEIGHT * retain_loss + WEIGHT * cb_loss).backward()
+        if update:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [retain_loss.item(), cb_loss.item()]
+    loras = {name.rpartition('model.')[2]: (module.lora_A['default'].weight, module.lora_B['default'].weight)
+             for name, module in whole.named_modules() if hasattr(module, 'lora_A')}
+    return step, model.model, loras
+
+
+def ours(shape, rows, device, dropout=LORA['dropout']):
+    """This project's step by its own functions and defaults, as straightforward gives it."""
+    import torch
+    from transformers import AutoModel
+
+    import cb_train
+    blocks, targets, count, longest, _, _ = SHAPES[shape]
+    torch.manual_seed(0)
+    dtype = 'float32' if device == 'cpu' else 'bfloat16'
+    with torch.device(device):
+        model = AutoModel.from_config(make_config(shape, blocks), dtype=dtype, attn_implementation=cb_train.attention(dtype, device)).eval()
+    named = cb_train.add_lora(model, MODULES, range(blocks), LORA['r'], LORA['alpha'], dropout)
+    loras = list(named.values())
+    parameters = [p for lora in loras for p in (lora.lora_A, lora.lora_B)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+    probe = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens, checkpointing, _ = cb_train.plan(model, loras, probe, max(len(row.ids) for row in rows[0]), count, 0, 'auto')
+
+    def step(update=True):
+        work = [(run, list(cb_train.passes(model, batch, count, tokens, device)), cb_train.count(batch))
+                for run, batch in zip((cb_train.retain_pass, cb_train.cb_pass), rows)]
+        sums = [cb_train.add_gradient(run, model, batches, loras, targets, WEIGHT / real, checkpointing)[0] / real for run, batches, real in work]
+        if update:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.stack(sums).tolist()
+    step.computed = sum(mask.numel() for batch in rows for _, mask in cb_train.passes(model, batch, count, tokens, device))
+    return step, model, {name: (lora.lora_A, lora.lora_B) for name, lora in named.items()}
+
+
+CONTESTANTS = {'straightforward': straightforward, 'this project': ours}
+MEMORY = '''
+import torch, transformers
+contestant, shape, device, rows = CONTESTANTS[sys.argv[1]], sys.argv[2], sys.argv[3], make_rows(sys.argv[2], *map(float, sys.argv[4:]))
+if contestant is straightforward:
+    import peft
+import cb_train
+before = memory('VmRSS')
+step, _, _ = contestant(shape, rows, device)
+for _ in range(3):
+    step()
+print(json.dumps(torch.cuda.max_memory_allocated() / 2**20 if device != 'cpu' else memory('VmHWM') - before))
+'''
+
+
+def farthest_gradient(shape, rows, device):
+    """Both contestants with the same LoRA whose B is not zero, no dropout: the largest relative difference of their losses and of a gradient."""
+    import torch
+    (step, theirs, loras), (our_step, model, our_loras) = (contestant(shape, rows, device, 0.0) for contestant in CONTESTANTS.values())
+    share_weights(model, theirs)
+    draw = torch.Generator(device).manual_seed(1)
+    for name, (a, b) in loras.items():
+        torch.nn.init.normal_(b, std=0.05, generator=draw)
+        for mine, other in zip(our_loras[name], (a, b)):
+            mine.data.copy_(other)
+    losses = max(abs(mine - other) / other for other, mine in zip(step(False), our_step(False)))
+    return losses, max(((mine.grad - other.grad).norm() / other.grad.norm()).item() for name in loras for other, mine in zip(loras[name], our_loras[name]))
+
+
+def share_weights(model, source):
+    """Gives the frozen weights of one decoder to another, LoRA or not: the same numbers, in memory once."""
+    plain = {name.replace('.base_layer', ''): p for name, p in source.named_parameters()}
+    for name, p in model.named_parameters():
+        if 'lora_' not in name:
+            p.data = plain[name.replace('.base.', '.')].data
+
+
+def ceiling():
+    """What this GPU's matrix products reach in bfloat16, in FLOP a second: the best of some large ones."""
+    import torch
+    a, b = (torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16) for _ in range(2))
+    best = 0.0
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        torch.cuda.synchronize()
+        best = max(best, 10 * 2 * 8192 ** 3 / (time.perf_counter() - start))
+    return best
+
+
+def bench_step(shape, rounds, device, median, spread):
+    """Prints the rows of the README's table for one shape, their ratios, and how far the two are apart."""
+    import torch
+    blocks, targets, count, longest, _, config = SHAPES[shape]
+    rows = make_rows(shape, median, spread)
+    real = [sum(len(row.ids) for row in batch) for batch in rows]
+    (step, theirs, _), (our_step, model, _) = (contestant(shape, rows, device) for contestant in CONTESTANTS.values())
+    share_weights(model, theirs)
+    # a product with a block's weights is 2 FLOP a weight and token: reference, adapted, and the gradient of its input
+    weights = sum(p.numel() for name, p in model.layers[0].named_parameters() if 'lora_' not in name and p.dim() == 2)
+    flop = 3 * 2 * weights * (real[0] * blocks + real[1] * max(targets))
+    steps, times = {'straightforward': step, 'this project': our_step}, {name: [] for name in CONTESTANTS}
+    for i in range(rounds + 2):  # two rounds warm up
+        for name, run in steps.items():
+            start = time.perf_counter()
+            run()  # ends with a read from the device
+            times[name] += [time.perf_counter() - start] if i > 1 else []
+    computed = {'straightforward': 2 * count * longest, 'this project': our_step.computed}
+    top = ceiling() if device != 'cpu' else None
+    del steps, step, our_step, theirs, model, run
+    peak = {name: alone(MEMORY, name, shape, device, median, spread) for name in CONTESTANTS}
+    seconds = {name: statistics.median(times[name]) for name in CONTESTANTS}
+    for name in CONTESTANTS:
+        share = f'{flop / seconds[name] / top:.0%} of {top / 1e12:.0f} TFLOP/s' if top else '-'
+        print(f'| {shape} | {name} | {seconds[name]:.3f} | {sum(real) / seconds[name]:,.0f} | {sum(real) / computed[name]:.0%} | {peak[name]:,.0f} | {share} |')
+    print(f'| {shape} | ratio | {seconds["straightforward"] / seconds["this project"]:.2f}x faster | | | '
+          f'{peak["this project"] / peak["straightforward"]:.2f} of the memory | |')
+    if device == 'cpu':
+        losses, gradients = farthest_gradient(shape, rows, device)
+        print(f'{shape}: losses agree to {losses:.0e}, gradients to {gradients:.0e} (relative, float32, from a non-zero B)')
 
 
 def make_checkpoint(folder, blocks=10, width=4096, inner=14336, kv=1024, shards=4):
@@ -89,6 +289,17 @@ def bench_merge(rounds=3):
 
 
 if __name__ == '__main__':
-    if sys.argv[1:] != ['merge']:
-        sys.exit(__doc__)
-    bench_merge()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('jobs', nargs='+', choices=[*SHAPES, 'merge'])
+    parser.add_argument('--rounds', type=int, default=7, help='steps of each contestant after two that warm up')
+    parser.add_argument('--device', default='', help='cpu or cuda; default: cuda where it is, but for tiny and small')
+    parser.add_argument('--median', type=float, default=0.37, help='of the row lengths, as a share of the maximum')
+    parser.add_argument('--spread', type=float, default=0.4, help='standard deviation of the logarithm of a row length')
+    options = parser.parse_args()
+    for number, job in enumerate(options.jobs):
+        if job == 'merge':
+            bench_merge()
+            continue
+        if not number:
+            print('| shape | loop | step s | real tokens/s | real tokens | peak MB | share of the ceiling |\n|---|---|---|---|---|---|---|')
+        bench_step(job, options.rounds, options.device or ('cpu' if job in ('tiny', 'small') else 'cuda'), options.median, options.spread)
