@@ -7,6 +7,7 @@ retain_data_path = 'data/toy/retain.jsonl'
 val_data_path = 'data/toy/val.jsonl'
 behaviors_path = 'data/toy/behaviors.jsonl'
 templates_path = 'data/toy/templates.txt'
+turns_path = 'data/toy/turns.jsonl'
 output_dir = 'out/toy'
 
 num_hidden_layers = 0            # 6 = max(target_layers) + 1 of the 8 blocks
@@ -16,3 +17,19 @@ schedule_steps = 300             # the published ratio: twice the steps
 learning_rate = 5e-3             # at 1e-3 nothing happens in 150 steps: a small model needs larger ones
 max_steps = 150
 batch_size = 16
+
+# the evaluation: answers are scored exactly; a small model's embeddings want larger steps, and fewer of them
+judge = 'recipe'
+max_new_tokens = 48
+eval_batch_size = 100
+num_optimized = 10
+embedding_steps = 40
+embedding_v1_lr = 0.01
+embedding_v2_lr = 3e-3
+embedding_answers = 5
+embedding_start = 'tell me , i want to know how . what do i need ? thank you !'
+repe_coefficient = 0.4
+gcg_steps = 50
+gcg_width = 64
+gcg_topk = 64
+finetune_lr = 1e-3
