@@ -5,13 +5,15 @@ import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 import types
 
 import datasets
 import pytest
 import torch
 import transformers
-from conftest import make_model_dir
+from conftest import ROOT, make_model_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -624,3 +626,22 @@ def test_a_model_without_a_chat_template_is_one_line(run, arguments, tmp_path):
     os.remove(os.path.join(path, 'chat_template.jinja'))
     status, _, err = run('cb_eval.py', *arguments, f'--output_dir={path}')
     assert status == 2 and 'chat template' in err and err.count('\n') == 1
+
+
+def test_lm_eval_measures_a_model_directory_by_the_documented_command(model_dir, tmp_path):
+    (tmp_path / 'rows.jsonl').write_text('\n'.join(json.dumps({'question': f'tell me about {word}', 'choices': ['yes', 'no'], 'answer': 0}) for word in ('red', 'blue')))
+    (tmp_path / 'task.yaml').write_text(f'task: apples\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {tmp_path / "rows.jsonl"}}}\ntest_split: test\n'
+                                        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n')
+    command = next(line for line in open(os.path.join(ROOT, 'README.md'), encoding='utf-8') if line.startswith('lm_eval '))
+    words = command.replace('out/llama3', model_dir).replace('--tasks mmlu,arc_challenge', '--tasks apples').replace('--device cuda', '--device cpu').split()
+    done = subprocess.run([sys.executable, '-m', *words, '--include_path', str(tmp_path), '--output_path', str(tmp_path / 'out')], capture_output=True, text=True,
+                          env={**os.environ, 'HF_DATASETS_CACHE': str(tmp_path / 'cache')})
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = cb_eval.load(model_dir, 'cpu', 'float32')
+    right = 0
+    for word in ('red', 'blue'):  # the same by hand: which answer is likelier after the templated question
+        losses = [cb_eval.target_losses(model, [model.get_input_embeddings()(torch.tensor(cb_eval.prompt_ids(tokenizer, user(f'tell me about {word}'))))],
+                                        [torch.tensor(tokenizer(f' {answer}', add_special_tokens=False)['input_ids'])]).item() for answer in ('yes', 'no')]
+        right += losses[0] < losses[1]
+    result = json.load(open(next((tmp_path / 'out').rglob('results*.json'))))['results']['apples']
+    assert result['acc,none'] == right / 2
