@@ -26,6 +26,7 @@ the tokenizer's own chat template; the merge adds in float32.
 
 Shapes: B rows, T tokens of a row, D width, L hidden states compared, V vocabulary. Masks are (B, T), 1 = counts.
 """
+import array
 import collections
 import contextlib
 import datetime
@@ -33,6 +34,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -46,9 +48,9 @@ import struct
 import sys
 import time
 
-import datasets
 import huggingface_hub
 import safetensors
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -427,17 +429,83 @@ def encode(tokenizer, messages, where, max_seq_length, loss_on='all', lengths=(0
 
 
 def encode_all(tokenizer, conversations, option, *more):
-    """encode for a whole set of (where, messages), as a list of Rows; ends with one line if the template refuses one or nothing is left."""
-    rows = []
-    for where, messages in tqdm(conversations, desc='tokenize', disable=None):
-        try:
-            rows.append(encode(tokenizer, messages, where, *more))
-        except ValueError as e:
-            fail(f'{where}: {e}')
+    """
+    encode for a whole set of (where, messages), as a list of Rows, from the cache if the same was encoded before; ends with one line
+    if the template refuses one or nothing is left.
+    """
+    path = cache_path(tokenizer, conversations, more)
+    rows = read_rows(path, [where for where, _ in conversations])
+    if rows is None:
+        rows = []
+        for where, messages in tqdm(conversations, desc=f'tokenize {option}', disable=None):
+            try:
+                rows.append(encode(tokenizer, messages, where, *more))
+            except ValueError as e:
+                fail(f'{where}: {e}')
+        write_rows(path, rows)
     dropped = rows.count(None)
     if dropped:
         print(f'{option}: {dropped} of {len(rows)} rows left out: none of their tokens that count is among the first {more[0]}')
     return [row for row in rows if row] or fail(f'{option}: no rows left of {len(rows)}')
+
+
+def cache_path(tokenizer, conversations, more):
+    """The file of the cache for these conversations: its name is a hash of all that decides on their token ids, this code too."""
+    digest = hashlib.sha256(json.dumps([transformers.__version__, tokenizers.__version__, tokenizer.chat_template, more,
+                                        [messages for _, messages in conversations]]).encode())
+    folder = tokenizer.name_or_path
+    files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if not name.endswith(('.safetensors', *OTHER_WEIGHTS))]
+    for path in (*(path for path in files if os.path.isfile(path)), encode.__code__.co_filename, template_ids.__code__.co_filename):
+        with open(path, 'rb') as f:
+            digest.update(f.read())
+    return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'circuit-breakers', digest.hexdigest())
+
+
+def read_rows(path, wheres):
+    """The rows that write_rows left in a file, with where each comes from; None if there is no such file or it is not whole."""
+    try:
+        with open(path, 'rb') as f:
+            checksum, data = f.read(32), f.read()
+        os.utime(path)
+    except OSError:
+        return None
+    if hashlib.sha256(data).digest() != checksum:
+        return None
+    numbers, rows, n = array.array('i', data), [], len(wheres)
+    begin = 2 * n
+    for length, start, where in zip(numbers[:n], numbers[n:2 * n], wheres):
+        rows.append(Row(numbers[begin:begin + length].tolist(), start, where) if length else None)
+        begin += length
+    return rows
+
+
+def write_rows(path, rows, most=32):
+    """
+    Keeps rows, None among them, in a file: a checksum, then as 32-bit numbers their lengths, their starts, their ids. Written under
+    another name, then renamed. Of all files in the folder the `most` last used stay. A disk that refuses is no reason to stop.
+    """
+    data = array.array('i', [len(row.ids) if row else 0 for row in rows] + [row.start if row else 0 for row in rows])
+    for row in rows:
+        data.extend(row.ids if row else [])
+    folder, data = os.path.dirname(path), data.tobytes()
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with open(f'{path}.{os.getpid()}', 'wb') as f:
+            f.write(hashlib.sha256(data).digest() + data)
+        os.replace(f'{path}.{os.getpid()}', path)
+        for name in sorted(os.listdir(folder), key=lambda name: os.path.getmtime(os.path.join(folder, name)))[:-most]:
+            os.remove(os.path.join(folder, name))
+    except OSError:
+        pass
+
+
+def rows_digest(sets):
+    """A hash of the rows of some sets, as a checkpoint keeps it: of their token ids and of where they start to count."""
+    digest = hashlib.sha256()
+    for rows in sets:
+        for row in rows:
+            digest.update(array.array('i', [len(row.ids), row.start, *row.ids]))
+    return digest.hexdigest()
 
 
 def count(rows):
@@ -841,7 +909,7 @@ def check_model(model_dir, c):
 
 def versions():
     """What the run stands on, for the log and cb_config.json."""
-    return {'python': platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, safetensors, datasets)}}
+    return {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in ('torch', 'transformers', 'safetensors', 'datasets')}}
 
 
 if __name__ == '__main__':
@@ -889,7 +957,7 @@ if __name__ == '__main__':
 
     # what a checkpoint must agree with, and the checkpoint if there is one
     state = {'options': {name: value for name, value in config.items() if name not in MAY_DIFFER}, 'base': base_files(model_dir),
-             'rows': hashlib.sha256(json.dumps([[row[:2] for row in rows] for rows in sets.values()]).encode()).hexdigest(),
+             'rows': rows_digest(sets.values()),
              'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
     checkpoint_path, log_path, tensors = os.path.join(partial, CHECKPOINT), os.path.join(partial, 'log.jsonl'), None
     if resume and os.path.exists(checkpoint_path):
@@ -929,7 +997,7 @@ if __name__ == '__main__':
         restore(tensors, named_loras, optimizer)
     else:
         save_checkpoint(checkpoint_path, named_loras, optimizer, state)
-    print(' | '.join(f'{name} {version}' for name, version in versions().items()) + f' | {device}, {model.dtype}')
+    print(' | '.join(f'{name} {version}' for name, version in versions().items()) + f' | {device}, {model.dtype}, {model.config._attn_implementation}')
     print('\n'.join(f'{name} = {value!r}' for name, value in config.items()))
     print(f'{len(model.layers)} blocks, {len(loras)} LoRAs, {sum(p.numel() for p in parameters):,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters')
     for name, rows in sets.items():

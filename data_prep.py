@@ -44,8 +44,6 @@ import statistics
 import sys
 import time
 
-import datasets
-import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 import transformers
@@ -133,6 +131,7 @@ def file_rows(path):
         fail(f'{path}: there is no such file')
     if path.endswith('.parquet'):
         try:
+            import pyarrow.parquet  # a second of every start that only some need
             rows = pyarrow.parquet.read_table(path).to_pylist()
         except (OSError, ValueError, NotImplementedError) as e:  # pyarrow's own derive from these
             fail(f'{path}: not a parquet file that can be read ({type(e).__name__})')
@@ -209,6 +208,7 @@ def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='so
         rows = numbered_rows(source, convert, public)
     else:
         try:
+            import datasets  # as pyarrow above
             table = datasets.load_dataset(source_id, split=named or SPLITS.get(source_id, 'train'))
         except Exception as e:  # whatever the hub or the network says, the user hears it in one line
             fail(f'{option}: {source}: there is no such file or folder, and {hub_trouble(e)}')
@@ -250,7 +250,7 @@ def one_bos(tokenizer, ids):
     bos = [tokenizer.bos_token_id]
     while ids[:2] == bos * 2:
         ids = ids[1:]
-    return bos + ids if tokenizer('')['input_ids'][:1] == bos != ids[:1] else ids
+    return bos + ids if ids[:1] != bos == tokenizer('')['input_ids'][:1] else ids
 
 
 def template_ids(tokenizer, messages, answer=True):

@@ -3,6 +3,7 @@ Benchmarks; their figures stand in the README. Not collected by pytest.
 
     python tests/bench.py tiny small                # a training step: the straightforward loop against this project, on the CPU
     python tests/bench.py llama3-8b llama3-70b      # the same on a GPU, random weights made there
+    python tests/bench.py launch                    # from the command to the first step, 15,000 rows, token ids cached and not
     python tests/bench.py merge                     # merging into a 4.4 GB checkpoint of 4 shards: time against a plain copy, memory
 
 A step is retain and harmful rows forward and backward, clipping, AdamW and what the log reads, with the same weights, rows and seeds.
@@ -288,17 +289,69 @@ def bench_merge(rounds=3):
               f'memory over the imports {max(peaks):.0f} MB')
 
 
+def make_world(folder, harmful=5000, benign=10000):
+    """A tiny Llama with a byte-level BPE of 8,000 pieces, as a real one's, and rows of random syllables. Returns cb_train.py's arguments."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    draw = random.Random(0)
+    words = [''.join(draw.choices('ka lo mi ter an so ri pel du vor ne sta ing ble qu ome'.split(), k=draw.randint(1, 4))) for _ in range(8000)]
+    text = lambda words_: ' '.join(draw.choices(words, k=words_))
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    marks = ['<bos>', '<start>', '<end>']
+    core.train_from_iterator([text(2000) for _ in range(50)], trainers.BpeTrainer(vocab_size=8000, special_tokens=marks, show_progress=False,
+                                                                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token='<bos>', eos_token='<end>', chat_template=(
+        "{{ bos_token }}{% for m in messages %}{{ '<start>' + m.role + '\n\n' + m.content + '<end>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start>assistant\n\n' }}{% endif %}"))
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+                                 num_key_value_heads=2)).save_pretrained(os.path.join(folder, 'base'))
+    tokenizer.save_pretrained(os.path.join(folder, 'base'))
+    length = lambda: max(5, int(draw.lognormvariate(5.2, 0.6)))  # words of an answer, of about 1.4 tokens
+    rows = {'cb': [{'prompt': text(15), 'response': text(length())} for _ in range(harmful)],
+            'retain': [{'messages': [{'role': role, 'content': text(length() // 2)} for role in ('user', 'assistant') * 2]} for _ in range(benign)]}
+    for name, some in rows.items():
+        with open(os.path.join(folder, f'{name}.json'), 'w') as f:
+            json.dump(some, f)
+    return [f'--model_name={folder}/base', f'--cb_data_path={folder}/cb.json', f'--retain_data_path={folder}/retain.json', f'--num_cb_examples={harmful}',
+            f'--num_retain_examples={benign}', f'--output_dir={folder}/out', '--overwrite=True', '--device=cpu', '--num_hidden_layers=0',
+            '--target_layers=2', '--layers_to_transform=0,1,2', '--max_steps=1', '--max_seq_length=1024']
+
+
+def bench_launch(rounds=3):
+    """Prints how long it takes from the command to the first step's line, and how long the bare imports take."""
+    def seconds(*command):
+        start = time.perf_counter()
+        with subprocess.Popen([sys.executable, '-u', *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+            for line in run.stdout:
+                if line.startswith('step'):
+                    return time.perf_counter() - start  # the rest of the run, the merge, is awaited and not counted
+        return time.perf_counter() - start
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments, found = make_world(folder), {'imports': [], 'first': [], 'again': []}
+        os.environ['XDG_CACHE_HOME'] = os.path.join(folder, 'cache')
+        for _ in range(rounds):
+            found['imports'].append(seconds('-c', 'import torch, transformers; from transformers import AutoModel, LlamaModel'))
+            shutil.rmtree(os.environ['XDG_CACHE_HOME'], ignore_errors=True)
+            for name in ('first', 'again'):
+                found[name].append(seconds(os.path.join(ROOT, 'cb_train.py'), *arguments))
+    imports, first, again = (statistics.median(found[name]) for name in ('imports', 'first', 'again'))
+    print(f'from the command to the first step, 15,000 rows, median of {rounds}: {first:.1f} s; {again:.1f} s once the token ids are cached; '
+          f'of that importing torch and transformers {imports:.1f} s')
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('jobs', nargs='+', choices=[*SHAPES, 'merge'])
+    parser.add_argument('jobs', nargs='+', choices=[*SHAPES, 'launch', 'merge'])
     parser.add_argument('--rounds', type=int, default=7, help='steps of each contestant after two that warm up')
     parser.add_argument('--device', default='', help='cpu or cuda; default: cuda where it is, but for tiny and small')
     parser.add_argument('--median', type=float, default=0.37, help='of the row lengths, as a share of the maximum')
     parser.add_argument('--spread', type=float, default=0.4, help='standard deviation of the logarithm of a row length')
     options = parser.parse_args()
     for number, job in enumerate(options.jobs):
-        if job == 'merge':
-            bench_merge()
+        if job in ('launch', 'merge'):
+            {'launch': bench_launch, 'merge': bench_merge}[job]()
             continue
         if not number:
             print('| shape | loop | step s | real tokens/s | real tokens | peak MB | share of the ceiling |\n|---|---|---|---|---|---|---|')

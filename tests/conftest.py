@@ -6,8 +6,10 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 
-os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_DISABLE_PROGRESS_BARS': '1'}
+CACHE = tempfile.TemporaryDirectory()  # nothing is read from or left in the user's own
+os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_DISABLE_PROGRESS_BARS': '1', 'XDG_CACHE_HOME': CACHE.name}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 

@@ -162,6 +162,13 @@ def test_the_lora_product_has_autograds_gradients_and_keeps_no_copy_of_its_input
     assert torch.allclose(lora.eval()(torch.ones(1, 1000)), lora.base(torch.ones(1, 1000)) + 2000)
 
 
+def test_flash_attention_is_asked_for_on_a_gpu_in_half_precision_where_it_is_installed(monkeypatch):
+    asked = [('bfloat16', 'cuda'), ('float16', 'cuda:1'), ('float32', 'cuda'), ('bfloat16', 'cpu')]
+    for there, want in ((None, [None] * 4), ('there', ['flash_attention_2'] * 2 + [None] * 2)):
+        monkeypatch.setattr('importlib.util.find_spec', lambda name: there)
+        assert [cb_train.attention(*each) for each in asked] == want
+
+
 def test_what_the_backward_pass_keeps_is_counted_without_touching_the_random_numbers(ragged):
     model, loras, _ = ragged
     for lora in loras.values():
@@ -431,6 +438,44 @@ def test_response_masks_and_lengths_count_the_last_answers_tokens(model_dir):
     cut = cb_train.encode(tokenizer, talk, '', 512, 'all', (4, 2))
     assert words(cut) == ['<bos>', '<user>', 'red', '<end>', 'yes', 'no'] and cut.start == 0
     assert cb_train.encode(tokenizer, talk, '', 8, 'response') is None and len(cb_train.encode(tokenizer, talk, '', 8).ids) == 8
+
+
+def test_token_ids_are_kept_and_read_back_and_a_broken_or_refused_cache_is_written_anew(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    tokenizer, calls, real = AutoTokenizer.from_pretrained(model_dir), [], cb_train.encode
+    monkeypatch.setattr(cb_train, 'encode', lambda *all: calls.append(all) or real(*all))
+    talk = lambda *words: [{'role': 'user', 'content': words[0]}, {'role': 'assistant', 'content': words[1]}]
+    some = [('a: row 1', talk('red', 'blue')), ('a: row 2', talk('one two three one two three', 'no')), ('a: row 3', talk('two', 'yes'))]
+    run = lambda some=some, *more: cb_train.encode_all(tokenizer, some, 'option', *(more or (8, 'response')))
+    first = run()
+    assert [row.where for row in first] == ['a: row 1', 'a: row 3'] and len(calls) == 3  # the second is dropped: no answer among its first 8 tokens
+    assert run([('b' + where[1:], messages) for where, messages in some]) == [row._replace(where='b' + row.where[1:]) for row in first] and len(calls) == 3
+    path, = (tmp_path / 'cache' / 'circuit-breakers').iterdir()
+    whole = path.read_bytes()
+    for damage in (b'', whole[:-4], whole[:40] + b'x' + whole[41:], b'garbage'):
+        path.write_bytes(damage)
+        assert run() == first and path.read_bytes() == whole
+    assert len(calls) == 15
+    run(some, 9, 'response')
+    run(some[:2] + [('a: row 3', talk('two', 'no'))])
+    assert len(calls) == 21 and len(list(path.parent.iterdir())) == 3
+    tokenizer.chat_template += ' '
+    run()
+    assert len(calls) == 24
+    shutil.rmtree(path.parent)
+    path.parent.write_text('a file where the folder should be')
+    assert len(run()) == 2 and len(calls) == 27
+    path.parent.unlink()
+    for i in range(4):
+        cb_train.write_rows(str(path.parent / str(i)), first, most=2)
+        os.utime(path.parent / str(i), (i, i))
+    assert sorted(os.listdir(path.parent)) == ['2', '3']
+
+
+def test_the_rows_of_a_checkpoint_are_told_apart_by_their_ids_and_by_where_they_count():
+    row = cb_train.Row
+    digests = [cb_train.rows_digest(sets) for sets in ([[row([1, 2], 0)]], [[row([1, 3], 0)]], [[row([1, 2], 1)]], [[row([1], 0), row([2], 0)]])]
+    assert len(set(digests)) == 4 and cb_train.rows_digest([[row([1, 2], 0, 'elsewhere')]]) == digests[0]
 
 
 def test_accumulation_and_the_seed_decide_the_run_and_nothing_else_does(run, arguments, tmp_path):

@@ -282,7 +282,7 @@ def test_what_the_hub_refuses_is_one_line_that_says_which_and_what_to_do(monkeyp
 
     def refuse(*_, **__):
         raise error
-    monkeypatch.setattr(data_prep.datasets, 'load_dataset', refuse)
+    monkeypatch.setattr('datasets.load_dataset', refuse)
     with pytest.raises(SystemExit) as e:
         data_prep.load_rows('org/name', option='ultrachat')
     err = capsys.readouterr().err
@@ -293,7 +293,7 @@ def test_a_hub_set_gives_at_most_the_limit_and_leaves_out_rows_that_hold_no_conv
     import datasets
     asked = []
     table = datasets.Dataset.from_list([{'messages': [{'role': 'user', 'content': f'{i}'}, {'role': 'assistant', 'content': 'yes' * (i % 3)}]} for i in range(12)])
-    monkeypatch.setattr(data_prep.datasets, 'load_dataset', lambda name, split: asked.append((name, split)) or table)
+    monkeypatch.setattr('datasets.load_dataset', lambda name, split: asked.append((name, split)) or table)
     assert len(data_prep.load_rows('HuggingFaceH4/ultrachat_200k', limit=5)) == 5 and len(data_prep.load_rows('a/b:test')) == 8
     assert asked == [('HuggingFaceH4/ultrachat_200k', 'train_sft'), ('a/b', 'test')]
     assert data_prep.load_rows('a/b', limit=5, seed=1) == data_prep.load_rows('a/b', limit=5, seed=1) != data_prep.load_rows('a/b', limit=5, seed=2)
