@@ -73,7 +73,9 @@ gradient_checkpointing = 'auto'    # True = recompute each block in the backward
 # representation rerouting
 target_layers = [10, 20]           # states that the cb loss turns away
 lorra_alpha = 10.0                 # weight of both losses
-loss_on = 'all'                    # tokens of a row that both losses count: all (published) | response, those of the last answer
+cb_loss = 'rr'                     # of a harmful token: rr, relu(cos(h', h)) | random, || h'/||h'|| - u || | rmu, || h' - rmu_norm u ||^2 / D
+rmu_norm = 20.0                    # u is one random direction for all tokens; h' - h grows without bound where this is far from ||h||
+loss_on = 'all'                    # tokens that the losses count: all (published) | response, a row's last answer | harmful_response, of harmful rows
 retain_divisor = 'real'            # of the retain loss's sum: real, tokens x blocks | published, rows x max_seq_length x (blocks + 1)
 use_dynamic_scheduling = True      # shift the weight from cb to retain as the run goes on; False = lorra_alpha for both throughout
 schedule_steps = 0                 # steps until all of it is on retain [0 = max_steps; the published code: 300 for 150 steps]
@@ -81,6 +83,7 @@ schedule_steps = 0                 # steps until all of it is on retain [0 = max
 lora_r = 16                        # rank
 lora_alpha = 16                    # scale = lora_alpha / lora_r
 lora_dropout = 0.05                # on the adapter's input
+lora_b_std = 0.0                   # of lora_B at the start [0 = zero, as published: where h' = h the gradient of the cosine is zero too]
 target_modules = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 layers_to_transform = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]  # blocks with LoRA
 # optimization
@@ -99,6 +102,7 @@ num_retain_examples = 10000        # at most so many rows, drawn with the seed
 num_cb_examples = 3000
 max_seq_length = 512               # tokens of a row, longer ones are cut
 cb_lengths = [0, 0]                # tokens of a harmful row's request and answer [0 = no limit of its own; the published code: 512,512]
+soft_prompts_path = ''             # soft prompts of data_prep.py boundary: every other step, by lot, its rows are read after one ['' = none]
 chat_template = ''                 # a file with the chat template ['' = the tokenizer's own]
 # run
 init_from = ''                     # an adapter in PEFT's format to start from ['' = a fresh one]
@@ -215,12 +219,13 @@ def adapter_off(loras):
 
 
 @torch.no_grad()
-def block_inputs(model, ids):
+def block_inputs(model, ids, soft=None):
     """
     What transformers hands to its blocks: the first one's input (B, T, D) and every block's keyword arguments. Embedding scale,
     rotary angles and masks are thus the family's own. Rows are right-padded and attention is causal: real tokens never see a
     pad, so no padding mask is given, and full attention needs none at all. Nothing is computed: the blocks only listen. Positions
     are left out: the rotary angles hold them, and flash attention would read them back in every block to look for packed rows.
+    soft (S, D): embeddings for the S places of each row where ids are -1 (see after).
     """
     calls = []
 
@@ -231,7 +236,12 @@ def block_inputs(model, ids):
     for block in model.layers:
         block.forward = listen
     try:
-        model(input_ids=ids, use_cache=False)
+        if soft is None:
+            model(input_ids=ids, use_cache=False)
+        else:
+            x = model.get_input_embeddings()(ids.clamp(min=0))  # (B, T, D)
+            x[ids < 0] = soft.to(x.dtype).repeat(len(ids), 1)
+            model(inputs_embeds=x, use_cache=False)
     finally:
         for block in model.layers:
             del block.forward
@@ -301,21 +311,35 @@ def retain_pass(model, inputs, mask, loras, target_layers, checkpointing=False):
     return loss, cos
 
 
-def cb_pass(model, inputs, mask, loras, target_layers, checkpointing=False):
-    """inputs of rows (B, T), their mask -> the sum over real tokens of the mean over target_layers of: relu(cosine); cosine."""
+def towards(cb_loss, u, rmu_norm=0.0):
+    """
+    The losses that the paper compares rerouting with, as a function of h' (B, T, D) -> (B, T): h' is drawn to one direction u (D,).
+    random: its unit vector is ("RandP", section 4); rmu: h' itself, to rmu_norm u (arXiv 2403.03218).
+    """
+    if cb_loss == 'random':
+        return lambda h_lora: (F.normalize(h_lora.float(), dim=-1) - u).norm(dim=-1)
+    return lambda h_lora: (h_lora.float() - rmu_norm * u).square().mean(-1)
+
+
+def cb_pass(model, inputs, mask, loras, target_layers, checkpointing=False, token_loss=None):
+    """
+    inputs of rows (B, T), their mask -> the sum over real tokens of the mean over target_layers of: relu(cosine), or
+    token_loss(h'); cosine.
+    """
     loss, cos = 0, 0
     for l, h, h_lora in streams(model, inputs, loras, max(target_layers), checkpointing):
         if l in target_layers:
             c = cosine(h, h_lora, mask)  # (B, T)
-            loss = loss + c.relu().sum() / len(target_layers)
+            loss = loss + (token_loss(h_lora) * mask if token_loss else c.relu()).sum() / len(target_layers)
             cos = cos + c.detach().sum() / len(target_layers)
     return loss, cos
 
 
-def passes(model, rows, batch_size, micro_batch_tokens, device):
+def passes(model, rows, batch_size, micro_batch_tokens, device, soft=None):
     """
     Splits rows into passes by length, the longest first, so that few pads are computed: each at most batch_size rows and
-    micro_batch_tokens tokens with its pads, or one row. Yields (inputs, mask) of each, as retain_pass and cb_pass want them.
+    micro_batch_tokens tokens with its pads, or one row. Yields (inputs, mask) of each, as retain_pass and cb_pass want them. soft: as in
+    block_inputs.
     """
     batches = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
@@ -324,7 +348,7 @@ def passes(model, rows, batch_size, micro_batch_tokens, device):
         batches[-1].append(row)
     for batch in batches:
         ids, mask = collate(batch, device)  # (B, T)
-        yield block_inputs(model, ids), mask
+        yield block_inputs(model, ids, soft), mask
 
 
 def add_gradient(run, model, batches, loras, target_layers, weight, checkpointing=False):
@@ -378,12 +402,12 @@ def plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_
 
 
 @torch.no_grad()
-def validate(model, rows, loras, target_layers, batch_size, micro_batch_tokens, device):
+def validate(model, rows, loras, target_layers, batch_size, micro_batch_tokens, device, run_cb=cb_pass):
     """The fifth pass: the losses and cosines of held-out rows {'benign', 'harmful': ids}, without dropout. Returns {name: mean}."""
     for lora in loras:
         lora.eval()
     means = {}
-    for name, run, some in (('retain', retain_pass, rows['benign']), ('cb', cb_pass, rows['harmful'])):
+    for name, run, some in (('retain', retain_pass, rows['benign']), ('cb', run_cb, rows['harmful'])):
         sums = [run(model, *batch, loras, target_layers) for batch in passes(model, some, batch_size, micro_batch_tokens, device)]
         tokens = count(some)
         means[f'val_{name}_loss'], means[f'val_{name}_cos'] = (float(sum(column)) / tokens for column in zip(*sums))
@@ -511,6 +535,22 @@ def rows_digest(sets):
 def count(rows):
     """The tokens of some rows that the losses count."""
     return sum(len(row.ids) - row.start for row in rows)
+
+
+def read_soft_prompts(path, width):
+    """The soft prompts of data_prep.py boundary: K times (S, D), float32; ends with one line if the file is none of the model's width D."""
+    try:
+        soft = load_file(path)['soft_prompts'].float()
+    except (OSError, KeyError, safetensors.SafetensorError) as e:
+        fail(f'soft_prompts_path: {path}: not a file of soft prompts ({type(e).__name__}); make one with: python data_prep.py boundary')
+    if soft.dim() != 3 or soft.shape[2] != width:
+        fail(f'soft_prompts_path: {path}: soft prompts of shape {list(soft.shape)} found, [prompts, tokens, {width}] wanted, as wide as the model')
+    return soft
+
+
+def after(row, places):
+    """A Row with so many places for soft tokens behind its first token."""
+    return Row(row.ids[:1] + [-1] * places + row.ids[1:], row.start and row.start + places, row.where)
 
 
 def collate(rows, device):
@@ -819,9 +859,10 @@ def check_options(c):
               ('lora_r', 'lora_alpha', 'max_steps', 'batch_size', 'gradient_accumulation_steps', 'num_retain_examples', 'num_cb_examples',
                'max_seq_length', 'log_interval', 'eval_interval', 'save_interval')]
     checks += [(f'{name}={c[name]}', 'at least 0', c[name] >= 0) for name in
-               ('num_hidden_layers', 'micro_batch_tokens', 'lorra_alpha', 'schedule_steps', 'weight_decay', 'seed')]
+               ('num_hidden_layers', 'micro_batch_tokens', 'lorra_alpha', 'schedule_steps', 'weight_decay', 'lora_b_std', 'rmu_norm', 'seed')]
     checks += [(f'{name}={c[name]}', 'more than 0', c[name] > 0) for name in ('learning_rate', 'max_grad_norm')]
-    checks += [(f'loss_on={c["loss_on"]}', 'all or response', c['loss_on'] in ('all', 'response')),
+    checks += [(f'loss_on={c["loss_on"]}', 'all, response or harmful_response', c['loss_on'] in ('all', 'response', 'harmful_response')),
+               (f'cb_loss={c["cb_loss"]}', 'rr, random or rmu', c['cb_loss'] in ('rr', 'random', 'rmu')),
                (f'retain_divisor={c["retain_divisor"]}', 'real or published', c['retain_divisor'] in ('real', 'published')),
                (f'cb_lengths={c["cb_lengths"]}', 'two numbers, at least 0', len(c['cb_lengths']) == 2 and min(c['cb_lengths']) >= 0),
                ('merge_only=True without init_from, or with merge_adapter=False', 'an adapter to merge',
@@ -942,22 +983,23 @@ if __name__ == '__main__':
     model_dir = find_checkpoint(model_name)
     shapes = check_model(model_dir, config)
     adapter = read_adapter(init_from, shapes, lora_r, lora_alpha) if init_from else {}
+    soft_prompts = read_soft_prompts(soft_prompts_path, AutoConfig.from_pretrained(model_dir).hidden_size) if soft_prompts_path else []
     tokenizer = load_tokenizer(model_dir, chat_template)
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
-    limits = max_seq_length, loss_on
+    counted = {'retain': 'response' if loss_on == 'response' else 'all', 'harmful': 'all' if loss_on == 'all' else 'response'}
     sets, val_sets = {}, {}
     if not merge_only:
-        sets = {'retain': encode_all(tokenizer, retain_messages, 'retain_data_path', *limits),
-                'harmful': encode_all(tokenizer, cb_messages, 'cb_data_path', *limits, cb_lengths)}
+        sets = {'retain': encode_all(tokenizer, retain_messages, 'retain_data_path', max_seq_length, counted['retain']),
+                'harmful': encode_all(tokenizer, cb_messages, 'cb_data_path', max_seq_length, counted['harmful'], cb_lengths)}
     if val_rows:
-        val_sets = {label: encode_all(tokenizer, [(where, m) for where, (l, m) in val_rows if l == label], f'val_data_path: {label}', *limits)
-                    for label in ('benign', 'harmful')}
+        val_sets = {label: encode_all(tokenizer, [(where, m) for where, (l, m) in val_rows if l == label], f'val_data_path: {label}', max_seq_length,
+                                      counted[name]) for label, name in (('benign', 'retain'), ('harmful', 'harmful'))}
 
     # what a checkpoint must agree with, and the checkpoint if there is one
     state = {'options': {name: value for name, value in config.items() if name not in MAY_DIFFER}, 'base': base_files(model_dir),
-             'rows': rows_digest(sets.values()),
+             'rows': rows_digest(sets.values()) + (hashlib.sha256(soft_prompts.numpy().tobytes()).hexdigest() if soft_prompts_path else ''),
              'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
     checkpoint_path, log_path, tensors = os.path.join(partial, CHECKPOINT), os.path.join(partial, 'log.jsonl'), None
     if resume and os.path.exists(checkpoint_path):
@@ -967,12 +1009,18 @@ if __name__ == '__main__':
     torch.manual_seed(seed)
     model = load_decoder(model_dir, num_hidden_layers or max(target_layers) + 1, dtype, device)
     named_loras = add_lora(model, target_modules, layers_to_transform, lora_r, lora_alpha, lora_dropout)
+    for lora in named_loras.values() if lora_b_std else ():
+        nn.init.normal_(lora.lora_B, std=lora_b_std)
     for name, (a, b) in adapter.items():
         named_loras[name].lora_A.data.copy_(a)
         named_loras[name].lora_B.data.copy_(b)
     loras = list(named_loras.values())
     parameters = [p for lora in loras for p in (lora.lora_A, lora.lora_B)]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    run_cb = cb_pass
+    if cb_loss != 'rr':
+        u = F.normalize(torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(seed)), dim=0).to(device)
+        run_cb = functools.partial(cb_pass, token_loss=towards(cb_loss, u, rmu_norm))
     ticks = (schedule_steps or max_steps) if use_dynamic_scheduling else 0
     rows_a_step = batch_size * gradient_accumulation_steps
 
@@ -984,6 +1032,7 @@ if __name__ == '__main__':
         fail(f'{model_dir}: {type(model).__name__} computes its blocks in another way than this script (relative difference {off:.1e})')
 
     longest = max((len(row.ids) for rows in sets.values() for row in rows), default=1)  # merge_only has no rows
+    longest += len(soft_prompts[0]) if soft_prompts_path else 0
     pass_tokens, checkpointing, why = plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing)
 
     # the output directory is ours from here on: emptied, or cut back to the checkpoint
@@ -1016,7 +1065,7 @@ if __name__ == '__main__':
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.append(number))
     steps = 0 if merge_only else max_steps
-    sources = ('retain', retain_pass, sets.get('retain')), ('cb', cb_pass, sets.get('harmful'))
+    sources = ('retain', retain_pass, sets.get('retain')), ('cb', run_cb, sets.get('harmful'))
     for step in tqdm(range(state['step'], steps), desc='train', disable=None, initial=state['step'], total=steps):
         record = {'step': step, 'loss': 0.0}
 
@@ -1024,28 +1073,32 @@ if __name__ == '__main__':
         # split into passes changes more than the memory and the time
         work = []
         for (name, run, rows), coeff in zip(sources, coefficients(step, lorra_alpha, ticks)):
-            batch = batch_at(rows, step, rows_a_step, f'{seed} {name}')
+            batch, soft, lot = batch_at(rows, step, rows_a_step, f'{seed} {name}'), None, random.Random(f'{seed} {name} {step}')
+            if soft_prompts_path and lot.random() < 0.5:
+                soft = lot.choice(soft_prompts).to(device)  # (S, D)
+                batch = [after(row, len(soft)) for row in batch]
             divisor = tokens = count(batch)
             if name == 'retain' and retain_divisor == 'published':  # every position, pads too, and the embedding as one more state
                 divisor = rows_a_step * max_seq_length * (len(model.layers) + 1) / len(model.layers)
-            work.append((name, run, batch, list(passes(model, batch, batch_size, pass_tokens, device)), coeff, divisor, tokens))
+            work.append((name, run, batch, soft, list(passes(model, batch, batch_size, pass_tokens, device, soft)), coeff, divisor, tokens))
 
         # forward and backward; nothing waits for the device before the one read at the end
-        sums = [add_gradient(run, model, batches, loras, target_layers, coeff / divisor, checkpointing) for _, run, _, batches, coeff, divisor, _ in work]
+        sums = [add_gradient(run, model, batches, loras, target_layers, coeff / divisor, checkpointing) for _, run, _, _, batches, coeff, divisor, _ in work]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         *sums, record['grad_norm'] = torch.stack([*sums[0], *sums[1], grad_norm]).tolist()
-        for (name, _, _, _, coeff, divisor, tokens), loss_sum, cos_sum in zip(work, sums[::2], sums[1::2]):
+        for (name, _, _, _, _, coeff, divisor, tokens), loss_sum, cos_sum in zip(work, sums[::2], sums[1::2]):
             record |= {f'{name}_loss': loss_sum / divisor, f'{name}_coeff': coeff, f'{name}_cos': cos_sum / tokens}
             record['loss'] += coeff * record[f'{name}_loss']
             state['tokens'] += tokens
         if not math.isfinite(record['loss'] + record['grad_norm']):
             with torch.no_grad():
-                bad = [row.where for _, run, batch, *_ in work for row in batch
-                       if not math.isfinite(run(model, *next(passes(model, [row], 1, 1, device)), loras, target_layers)[0])]
+                bad = [row.where for _, run, batch, soft, *_ in work for row in batch
+                       if not math.isfinite(run(model, *next(passes(model, [row], 1, 1, device, soft)), loras, target_layers)[0])]
             sys.exit(f'fault: step {step}: retain_loss {record["retain_loss"]}, cb_loss {record["cb_loss"]}, grad_norm {record["grad_norm"]}: stopped '
                      f'before the optimizer step; {"rows: " + ", ".join(bad) if bad else "no single row alone does it"}; the checkpoint of step '
                      f'{state["step"]} is kept; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16')
-        if step == 0 and not init_from and (record['retain_loss'] > 1e-3 or abs(record['cb_loss'] - 1) > 1e-3):  # B is zero: h' = h
+        neutral = step == 0 and not init_from and not lora_b_std and cb_loss == 'rr'  # B is zero: h' = h
+        if neutral and (record['retain_loss'] > 1e-3 or abs(record['cb_loss'] - 1) > 1e-3):
             sys.exit(f'step 0: retain_loss {record["retain_loss"]} and cb_loss {record["cb_loss"]} found, 0 and 1 wanted: the adapter is not neutral')
         optimizer.step()
         optimizer.zero_grad()
@@ -1056,7 +1109,7 @@ if __name__ == '__main__':
             line = ('step {step:4d} | loss {loss:8.4f} | retain {retain_loss:7.4f} x {retain_coeff:5.2f} cos {retain_cos:6.3f} | '
                     'cb {cb_loss:6.4f} x {cb_coeff:5.2f} cos {cb_cos:6.3f} | grad {grad_norm:8.2e} | {seconds:6.1f} s').format(**record)
             if val_rows and (validated or last):
-                record |= validate(model, val_sets, loras, target_layers, batch_size, pass_tokens, device)
+                record |= validate(model, val_sets, loras, target_layers, batch_size, pass_tokens, device, run_cb)
                 line += ' | val retain {val_retain_loss:.4f} cos {val_retain_cos:.3f} cb {val_cb_loss:.4f} cos {val_cb_cos:.3f}'.format(**record)
             tqdm.write(line)
             print(json.dumps(record), file=log, flush=True)

@@ -3,6 +3,7 @@ Makes the data that cb_train.py trains on and cb_eval.py measures with.
 
     python data_prep.py toy                                     # data/toy: a harmless world and a small chat model in it
     python data_prep.py llama3                                  # data/llama3: the public sets, mixed as config/llama3.py says
+    python data_prep.py boundary config/toy_no_borderline.py    # data/boundary: spliced retain rows and soft prompts, see config/toy_boundary.py
     python data_prep.py check FILE config/llama3.py             # validates and counts a user's rows
     python data_prep.py sample --out=data/sample.json --n=3000  # rows in the {"prompt", "response"} format, to try commands
 
@@ -47,6 +48,7 @@ import time
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -70,6 +72,16 @@ model_name = ''       # whose tokenizer counts the tokens ['' = count words]
 chat_template = ''    # a file with the chat template ['' = the tokenizer's own]
 max_seq_length = 512  # for the share of rows that cb_train.py would cut
 n = 3000              # sample: how many rows
+# boundary: more retain rows, made of the two sets and the base's own answers, and soft prompts that make the base answer harmful rows
+cb_data_path = ''     # the harmful rows
+retain_data_path = ''          # the retain rows
+num_spliced = 600     # retain rows whose request has some words of a harmful one in it
+max_new_tokens = 256  # of the base's answer to such a request
+spliced_without = []  # such rows whose answer holds one of these texts are left out
+num_soft_prompts = 4
+soft_prompt_length = 8         # tokens
+soft_prompt_lr = 0.02
+soft_prompt_steps = 40         # at most, of 16 harmful rows; a prompt is done when their answers' mean loss is below 0.1
 # the toy world's base model
 base_steps = 400      # training steps
 base_batch_size = 64  # conversations a step
@@ -403,6 +415,64 @@ def lengths_line(tokenizer, conversations, max_seq_length):
             f'{lengths[int(0.95 * (len(lengths) - 1))]}, {sum(n > max_seq_length for n in lengths) / len(lengths):.1%} longer than {max_seq_length}')
 
 
+# ---- the boundary: what a user without borderline rows can make of the two sets and the base --------------------------------
+
+
+def spliced(rng, requests, harmful_requests):
+    """A benign request in which up to four words in a row are those of a harmful one: what a model must not take for harmful by its words."""
+    words, other = rng.choice(requests).split(), rng.choice(harmful_requests).split()
+    size = rng.randint(1, max(1, min(4, len(other) - 1)))
+    start, at = rng.randrange(len(other) - size + 1), rng.randrange(max(1, len(words) - size + 1))
+    return ' '.join([*words[:at], *other[start:start + size], *words[at + size:]])
+
+
+def boundary_rows(c, rng, device):
+    """
+    {file name: rows} of the boundary, and the soft prompts (K, S, D): the harmful rows as they were, the retain rows and the spliced ones with the
+    base's own greedy answers. c: the options as a dict.
+    """
+    from cb_eval import complete, load, prompt_ids
+    from cb_train import encode
+    harmful = [m for _, m in load_rows(c['cb_data_path'], functools.partial(messages_of, answers=HARMFUL_ANSWERS), seed=c['seed'], option='cb_data_path')]
+    retain = [m for _, m in load_rows(c['retain_data_path'], functools.partial(messages_of, answers=BENIGN_ANSWERS), 'train_sft', seed=c['seed'],
+                                      option='retain_data_path')]
+    model, tokenizer = load(c['model_name'], device, 'auto', c['chat_template'])
+    model.requires_grad_(False)
+    requests, harmful_requests = ([text for m in some if (text := next(t['content'] for t in m if t['role'] == 'user')).strip()] for some in (retain, harmful))
+    if not requests or not harmful_requests:
+        fail('boundary: both sets want rows with a request')
+    texts = [spliced(rng, requests, harmful_requests) for _ in range(c['num_spliced'])]
+    answers = complete(model, tokenizer, [prompt_ids(tokenizer, [{'role': 'user', 'content': text}]) for text in texts], c['max_new_tokens'], 32)
+    new = [turns(pair) for pair in zip(texts, answers) if pair[1].strip() and not any(text in pair[1] for text in c['spliced_without'])]
+    rows = [(row.ids, row.start) for m in harmful if (row := encode(tokenizer, m, '', c['max_seq_length'], 'response')) and row.start > 1]
+    soft = [learn_soft_prompt(model, rows, rng, c['soft_prompt_length'], c['soft_prompt_lr'], c['soft_prompt_steps']) for _ in range(c['num_soft_prompts'])]
+    return {'circuit_breaker.json': [row_of(m) for m in harmful], 'retain.jsonl': [row_of(m) for m in retain + new]}, torch.stack(soft)
+
+
+def learn_soft_prompt(model, rows, rng, length, lr, steps, batch_size=16):
+    """
+    A universal soft prompt (S, D), float32, behind the first token of any row, under which the model gives the harmful rows' answers instead of
+    refusing: Adam on their cross-entropy from random words (arXiv 2402.09063). rows: (ids, first token of the answer).
+    """
+    embed = model.get_input_embeddings()
+    soft = embed.weight[[rng.randrange(len(embed.weight)) for _ in range(length)]].detach().float().requires_grad_()
+    optimizer = torch.optim.Adam([soft], lr=lr)
+    for _ in range(steps):
+        some = rng.sample(rows, min(batch_size, len(rows)))
+        count, total = sum(len(ids) - start for ids, start in some), 0.0
+        for ids, start in some:  # one at a time: little memory
+            x = embed(torch.tensor(ids, device=model.device)).detach()
+            logits = model(inputs_embeds=torch.cat([x[:1], soft.to(x.dtype), x[1:]])[None], use_cache=False).logits[0]  # (S + T, V)
+            loss = F.cross_entropy(logits[start + length - 1:-1].float(), torch.tensor(ids[start:], device=model.device), reduction='sum') / count
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        if total < 0.1:
+            break
+    return soft.detach().cpu()
+
+
 # ---- the world --------------------------------------------------------------------------------------------------------
 
 POTIONS = 'tonic balm salve elixir cordial remedy syrup draught lotion broth tea ointment nectar tincture poultice rinse'.split()
@@ -650,8 +720,8 @@ if __name__ == '__main__':
     command, arguments = (sys.argv[1:2] or ['--help'])[0], sys.argv[2:]
     here = os.path.dirname(os.path.abspath(__file__))
     recipes = sorted(name[:-3] for name in os.listdir(os.path.join(here, 'config')) if name.endswith('.py') and not name.startswith('toy'))
-    if command not in ('toy', 'sample', 'check', '--help', '-h', *recipes):
-        fail(f'command line: {command!r} found, toy, sample, check or {", ".join(recipes)} wanted; see python data_prep.py --help')
+    if command not in ('toy', 'sample', 'check', 'boundary', '--help', '-h', *recipes):
+        fail(f'command line: {command!r} found, toy, sample, check, boundary or {", ".join(recipes)} wanted; see python data_prep.py --help')
     if command == 'check' and arguments[:1] in (['--help'], ['-h']):
         command = '--help'
     if command == 'check' and (not arguments or arguments[0].startswith('--')):
@@ -661,7 +731,8 @@ if __name__ == '__main__':
         arguments.insert(0, os.path.join(here, 'config', f'{command}.py'))
     config = configure(__file__, ['--help'] if command.startswith('-') else arguments)
     globals().update(config)  # from here on every option is a plain name, as in the block above
-    for name in ('n', 'base_steps', 'base_batch_size', 'max_seq_length', 'num_val_examples'):
+    for name in ('n', 'base_steps', 'base_batch_size', 'max_seq_length', 'num_val_examples', 'num_spliced', 'max_new_tokens', 'num_soft_prompts',
+                 'soft_prompt_length', 'soft_prompt_steps'):
         if config[name] < 1:
             fail(f'{name}={config[name]} found, at least 1 wanted')
     if not 0 <= response_only <= 1:
@@ -704,7 +775,14 @@ if __name__ == '__main__':
         fail(f'out: {out} found, a name in .json or .jsonl wanted')
     rng = random.Random(seed)
     partial = out + '.partial'  # written here, then renamed
-    if command in recipes:
+    if command == 'boundary':
+        for name in ('model_name', 'cb_data_path', 'retain_data_path'):
+            if not config[name]:
+                fail(f'boundary: {name} is wanted: python data_prep.py boundary config/NAME.py')
+        files, soft_prompts = boundary_rows(config, rng, 'cuda' if torch.cuda.is_available() else 'cpu')
+        lines = [f'{os.path.join(out, name)}: {len(rows)} rows' for name, rows in files.items()]
+        lines.append(f'{os.path.join(out, "soft_prompts.safetensors")}: {len(soft_prompts)} soft prompts of {soft_prompts.shape[1]} tokens')
+    elif command in recipes:
         tokenizer = load_tokenizer(model_name, chat_template) if model_name else None
         files, lines = recipe_rows(config, rng)
         for name, rows in files.items():
@@ -728,9 +806,14 @@ if __name__ == '__main__':
     os.makedirs(partial)
     for name, rows in files.items():
         write_rows(os.path.join(partial, name), rows)
-    if command in recipes:
+    if command == 'boundary':
+        save_file({'soft_prompts': soft_prompts}, os.path.join(partial, 'soft_prompts.safetensors'))
+    if command in ('boundary', *recipes):
         replace(out, partial)
         print('\n'.join(lines))
+    if command == 'boundary':
+        sys.exit(0)
+    if command in recipes:
         first = next((messages_of(row) for row in files['retain.jsonl'] if row['source'] == 'ultrachat'), None)
         if tokenizer and first:
             print(f'the first benign row, as the model reads it (up to 200 tokens):\n{tokenizer.decode(template_ids(tokenizer, first)[:200])}')

@@ -129,6 +129,55 @@ def test_passes_take_each_row_once_by_length_and_keep_to_both_limits(ragged):
     assert lengths(9, 1) == [[n] for n in range(9, 0, -1)]
 
 
+def test_the_other_cb_losses_are_what_a_hand_computes():
+    u = torch.tensor([0.6, 0.8])
+    assert cb_train.towards('random', u)(torch.tensor([[[6.0, 8.0], [-3.0, -4.0]]])).tolist() == [[pytest.approx(0, abs=1e-6), 2.0]]
+    assert cb_train.towards('rmu', u, 10.0)(torch.tensor([[[6.0, 9.0]]])).tolist() == [[0.5]]  # (0^2 + 1^2) / 2
+
+
+def test_a_soft_prompt_stands_behind_the_first_token_and_the_states_are_transformers_own(adapted):
+    model, loras, _, _ = adapted
+    rows, soft = [cb_train.Row([2, 4, 7, 8], 2), cb_train.Row([2, 9], 0)], torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    ids, mask = cb_train.collate([cb_train.after(row, 3) for row in rows], 'cpu')
+    assert ids.tolist() == [[2, -1, -1, -1, 4, 7, 8], [2, -1, -1, -1, 9, 0, 0]] and mask.tolist() == [[0] * 5 + [1] * 2, [1] * 5 + [0] * 2]
+    ours = [h for _, h, _ in cb_train.streams(model, cb_train.block_inputs(model, ids, soft), loras.values(), 3)]
+    for i, row in enumerate(rows):
+        embedded = model.embed_tokens(torch.tensor(row.ids))
+        x = torch.cat([embedded[:1], soft, embedded[1:]])[None]
+        with torch.no_grad(), cb_train.adapter_off(loras.values()):
+            want = model(inputs_embeds=x, output_hidden_states=True, use_cache=False).hidden_states[1:]
+        assert all(torch.allclose(a[i, :x.shape[1]], b[0], atol=1e-5) for a, b in zip(ours, want))
+
+
+def test_a_run_with_soft_prompts_is_another_run_gives_the_same_bytes_again_and_refuses_a_bad_file(run, arguments, tmp_path):
+    from safetensors.torch import save_file
+    path = tmp_path / 'soft.safetensors'
+    save_file({'soft_prompts': torch.randn(2, 3, 32)}, path)
+    more = [f'--soft_prompts_path={path}', '--loss_on=harmful_response', '--lora_b_std=0.1', '--cb_loss=random']
+    assert run('cb_train.py', *arguments, *more)[0] == 0
+    want = (tmp_path / 'out' / 'adapter' / 'adapter_model.safetensors').read_bytes()
+    log = [json.loads(line) for line in open(tmp_path / 'out' / 'log.jsonl')]
+    assert log[0]['retain_loss'] > 0.01 and log[-1]['cb_loss'] < log[0]['cb_loss']  # B is not zero: it moves at once
+    shutil.rmtree(tmp_path / 'out')
+    assert run('cb_train.py', *arguments, *more, '--save_interval=2')[0] == 0
+    assert (tmp_path / 'out' / 'adapter' / 'adapter_model.safetensors').read_bytes() == want
+    without = run('cb_train.py', *arguments, *more[1:], f'--output_dir={tmp_path / "other"}')
+    assert without[0] == 0 and (tmp_path / 'other' / 'adapter' / 'adapter_model.safetensors').read_bytes() != want
+    for tensors, words in (({'soft_prompts': torch.zeros(2, 3, 8)}, '[2, 3, 8]'), ({'other': torch.zeros(1)}, 'KeyError')):
+        save_file(tensors, path)
+        status, _, err = run('cb_train.py', *arguments, *more, f'--output_dir={tmp_path / "third"}')
+        assert status == 2 and words in err and err.count('\n') == 1 and not (tmp_path / 'third').exists(), err
+
+
+def test_the_answer_alone_of_harmful_rows_and_all_of_benign_rows_can_count(run, arguments, tmp_path):
+    status, out, err = run('cb_train.py', *arguments, '--loss_on=harmful_response')
+    assert status == 0, err
+    told = {name: int(line.split(' rows, ')[1].split()[0]) for line in out.splitlines() for name in ('retain', 'harmful') if line.startswith(f'{name}: ')}
+    _, everything, _ = run('cb_train.py', *arguments, f'--output_dir={tmp_path / "all"}')
+    whole = {name: int(line.split(' rows, ')[1].split()[0]) for line in everything.splitlines() for name in ('retain', 'harmful') if line.startswith(f'{name}: ')}
+    assert told['retain'] == whole['retain'] and told['harmful'] < whole['harmful']
+
+
 def test_the_step_reads_nothing_back_from_the_device(ragged):
     from torch.utils._python_dispatch import TorchDispatchMode
 

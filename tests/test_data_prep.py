@@ -383,7 +383,7 @@ def test_any_file_is_rows_or_one_line_that_quotes_none_of_it(tmp_path_factory, d
     import cb_train
     path = tmp_path_factory.getbasetemp() / f'any r\u00f6w{ending}'
     path.write_bytes(data)
-    convert = {'train': data_prep.messages_of, 'val': cb_train.labelled, 'eval': cb_eval.behavior}[reader]
+    convert = {'train': data_prep.messages_of, 'val': cb_train.labelled, 'eval': lambda row: cb_eval.behavior_of(row, 'any')}[reader]
     err = io.StringIO()
     try:
         with contextlib.redirect_stderr(err):
@@ -403,3 +403,51 @@ def test_a_row_of_ten_megabytes_is_read_and_cut(model_dir, tmp_path):
     (where, messages), = data_prep.load_rows(str(path))
     row = cb_train.encode(data_prep.load_tokenizer(model_dir), messages, where, 64)
     assert len(row.ids) == 64 and where.endswith('row 1')
+
+
+def test_a_spliced_request_is_a_benign_one_with_up_to_four_words_of_a_harmful_one():
+    rng, benign, harmful = random.Random(0), 'a b c d e f g h', 'p q r s t u'
+    found = [data_prep.spliced(rng, [benign], [harmful]).split() for _ in range(200)]
+    for words in found:
+        new = [w for w in words if w in harmful.split()]
+        assert len(words) == 8 and 1 <= len(new) <= 4 and ' '.join(new) in harmful and ' '.join(new) in ' '.join(words)
+    assert len({tuple(words) for words in found}) > 50
+    assert data_prep.spliced(rng, ['a'], ['q']) == 'q'  # one word each
+
+
+def test_a_soft_prompt_makes_the_harmful_answers_likelier_and_leaves_the_model_as_it_was(model_dir):
+    import torch
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(model_dir).requires_grad_(False)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    rows = [([2, 4, 7, 3, 5, 8, 9, 3], 5), ([2, 4, 8, 3, 5, 8, 9, 3], 5)]
+    losses = []
+    for steps in (1, 40):
+        soft = data_prep.learn_soft_prompt(model, rows, random.Random(0), 3, 0.1, steps)
+        ids = torch.tensor(rows[0][0])
+        x = model.get_input_embeddings()(ids)
+        logits = model(inputs_embeds=torch.cat([x[:1], soft, x[1:]])[None]).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits[5 + 3 - 1:-1], ids[5:]).item())
+    assert soft.shape == (3, 32) and losses[1] < 0.7 * losses[0]
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+
+
+def test_the_boundary_keeps_both_sets_and_adds_spliced_rows_and_soft_prompts(run, model_dir, rows, tmp_path):
+    from safetensors.torch import load_file
+    options = ['boundary', f'--model_name={model_dir}', f'--cb_data_path={rows["cb"]}', f'--retain_data_path={rows["retain"]}', f'--out={tmp_path / "b"}',
+               '--num_spliced=12', '--num_soft_prompts=2', '--soft_prompt_length=3', '--soft_prompt_steps=2', '--max_new_tokens=6']
+    status, out, err = run('data_prep.py', *options)
+    assert status == 0, err
+    lines = [json.loads(line) for line in open(tmp_path / 'b' / 'retain.jsonl')]
+    old = [json.loads(line) for line in open(rows['retain'])]
+    assert 10 < len(lines) - len(old) + 10 <= 22 and {json.dumps(data_prep.messages_of(row)) for row in old} <= {json.dumps(data_prep.messages_of(row)) for row in lines}
+    assert len(json.load(open(tmp_path / 'b' / 'circuit_breaker.json'))) == len(json.load(open(rows['cb'])))
+    soft = load_file(tmp_path / 'b' / 'soft_prompts.safetensors')['soft_prompts']
+    assert soft.shape == (2, 3, 32) and soft.isfinite().all()
+    words = set(' '.join(row['response'] for row in lines if 'response' in row).split())
+    first = (tmp_path / 'b' / 'retain.jsonl').read_bytes()
+    assert run('data_prep.py', *options, '--overwrite=True')[0] == 0 and (tmp_path / 'b' / 'retain.jsonl').read_bytes() == first  # the same seed
+    assert run('data_prep.py', *options, '--overwrite=True', f'--spliced_without={",".join(words)}')[0] == 0
+    assert len(open(tmp_path / 'b' / 'retain.jsonl').readlines()) == len(old)
+    status, _, err = run('data_prep.py', 'boundary', f'--out={tmp_path / "c"}')
+    assert status == 2 and 'model_name' in err and err.count('\n') == 1 and not (tmp_path / 'c').exists()

@@ -20,7 +20,7 @@ def test_every_command_of_the_readme_names_scripts_configs_and_options_that_exis
     script, *arguments = shlex.split(command.replace('$s', '0'))[1:]
     if script == 'data_prep.py':  # its first word is the job
         job, *arguments = arguments
-        assert job in ('toy', 'sample', 'check') or os.path.isfile(f'config/{job}.py')
+        assert job in ('toy', 'sample', 'check', 'boundary') or os.path.isfile(f'config/{job}.py')
         arguments = arguments[job == 'check':]
     assert configurator.configure(script, arguments)
 
