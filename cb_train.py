@@ -957,8 +957,7 @@ if __name__ == '__main__':
 
     # what a checkpoint must agree with, and the checkpoint if there is one
     state = {'options': {name: value for name, value in config.items() if name not in MAY_DIFFER}, 'base': base_files(model_dir),
-             'rows': rows_digest(sets.values()),
-             'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
+             'rows': rows_digest(sets.values()), 'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
     checkpoint_path, log_path, tensors = os.path.join(partial, CHECKPOINT), os.path.join(partial, 'log.jsonl'), None
     if resume and os.path.exists(checkpoint_path):
         state, tensors = read_checkpoint(checkpoint_path, state)
@@ -983,8 +982,9 @@ if __name__ == '__main__':
     if not off <= (1e-5 if model.dtype == torch.float32 else 2e-2):
         fail(f'{model_dir}: {type(model).__name__} computes its blocks in another way than this script (relative difference {off:.1e})')
 
-    longest = max((len(row.ids) for rows in sets.values() for row in rows), default=1)  # merge_only has no rows
-    pass_tokens, checkpointing, why = plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing)
+    if not merge_only:
+        longest = max(len(row.ids) for rows in sets.values() for row in rows)
+        pass_tokens, checkpointing, why = plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing)
 
     # the output directory is ours from here on: emptied, or cut back to the checkpoint
     os.makedirs(partial, exist_ok=True)

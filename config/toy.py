@@ -16,3 +16,4 @@ schedule_steps = 300             # the published ratio: twice the steps
 learning_rate = 5e-3             # at 1e-3 nothing happens in 150 steps: a small model needs larger ones
 max_steps = 150
 batch_size = 16
+micro_batch_tokens = 2048        # all 16 rows in one pass: they are short
