@@ -1031,9 +1031,9 @@ if __name__ == '__main__':
     if not off <= (1e-5 if model.dtype == torch.float32 else 2e-2):
         fail(f'{model_dir}: {type(model).__name__} computes its blocks in another way than this script (relative difference {off:.1e})')
 
-    longest = max((len(row.ids) for rows in sets.values() for row in rows), default=1)  # merge_only has no rows
-    longest += len(soft_prompts[0]) if soft_prompts_path else 0
-    pass_tokens, checkpointing, why = plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing)
+    if not merge_only:
+        longest = max(len(row.ids) for rows in sets.values() for row in rows) + (len(soft_prompts[0]) if soft_prompts_path else 0)
+        pass_tokens, checkpointing, why = plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing)
 
     # the output directory is ours from here on: emptied, or cut back to the checkpoint
     os.makedirs(partial, exist_ok=True)

@@ -18,6 +18,7 @@ learning_rate = 5e-3             # at 1e-3 nothing happens in 150 steps: a small
 max_steps = 150
 batch_size = 16
 lora_b_std = 1e-4                # from an exact zero it is luck whether, and when, the cosine finds a slope; this is 0 to three digits
+micro_batch_tokens = 2048        # all 16 rows in one pass: they are short
 
 # the evaluation: answers are scored exactly; a small model's embeddings want larger steps, and fewer of them
 judge = 'recipe'

@@ -75,7 +75,7 @@ def make_rows(shape, median, spread):
 
 
 def straightforward(shape, rows, device, dropout=LORA['dropout']):
-    """The published code's step. Returns (step, the model, {name of a linear: (A, B)}); step(update) gives [retain loss, cb loss]."""
+    """The published code's step. Returns (step, the decoder, {name of a linear: (A, B)}); step(update) gives [retain loss, cb loss]."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -119,8 +119,16 @@ def straightforward(shape, rows, device, dropout=LORA['dropout']):
     return step, model.model, loras
 
 
-def ours(shape, rows, device, dropout=LORA['dropout']):
-    """This project's step by its own functions and defaults, as straightforward gives it."""
+def adopt(model, source):
+    """Gives the weights and buffers of one decoder, peft's or not, to another of the same shape that is still on the meta device."""
+    given = {name.replace('.base_layer', ''): tensor for name, tensor in (*source.named_parameters(), *source.named_buffers())}
+    for name, module in model.named_modules():
+        for own in (module._parameters, module._buffers):
+            own |= {leaf: given[f'{name}.{leaf}'] for leaf, tensor in own.items() if tensor is not None}
+
+
+def ours(shape, rows, device, dropout=LORA['dropout'], source=None):
+    """This project's step by its own functions and defaults, as straightforward gives it; the weights are those of `source`, if given."""
     import torch
     from transformers import AutoModel
 
@@ -128,8 +136,10 @@ def ours(shape, rows, device, dropout=LORA['dropout']):
     blocks, targets, count, longest, _, _ = SHAPES[shape]
     torch.manual_seed(0)
     dtype = 'float32' if device == 'cpu' else 'bfloat16'
-    with torch.device(device):
+    with torch.device('meta' if source else device):
         model = AutoModel.from_config(make_config(shape, blocks), dtype=dtype, attn_implementation=cb_train.attention(dtype, device)).eval()
+    if source:
+        adopt(model, source)
     named = cb_train.add_lora(model, MODULES, range(blocks), LORA['r'], LORA['alpha'], dropout)
     loras = list(named.values())
     parameters = [p for lora in loras for p in (lora.lora_A, lora.lora_B)]
@@ -168,8 +178,8 @@ print(json.dumps(torch.cuda.max_memory_allocated() / 2**20 if device != 'cpu' el
 def farthest_gradient(shape, rows, device):
     """Both contestants with the same LoRA whose B is not zero, no dropout: the largest relative difference of their losses and of a gradient."""
     import torch
-    (step, theirs, loras), (our_step, model, our_loras) = (contestant(shape, rows, device, 0.0) for contestant in CONTESTANTS.values())
-    share_weights(model, theirs)
+    step, theirs, loras = straightforward(shape, rows, device, 0.0)
+    our_step, _, our_loras = ours(shape, rows, device, 0.0, theirs)
     draw = torch.Generator(device).manual_seed(1)
     for name, (a, b) in loras.items():
         torch.nn.init.normal_(b, std=0.05, generator=draw)
@@ -177,14 +187,6 @@ def farthest_gradient(shape, rows, device):
             mine.data.copy_(other)
     losses = max(abs(mine - other) / other for other, mine in zip(step(False), our_step(False)))
     return losses, max(((mine.grad - other.grad).norm() / other.grad.norm()).item() for name in loras for other, mine in zip(loras[name], our_loras[name]))
-
-
-def share_weights(model, source):
-    """Gives the frozen weights of one decoder to another, LoRA or not: the same numbers, in memory once."""
-    plain = {name.replace('.base_layer', ''): p for name, p in source.named_parameters()}
-    for name, p in model.named_parameters():
-        if 'lora_' not in name:
-            p.data = plain[name.replace('.base.', '.')].data
 
 
 def ceiling():
@@ -208,8 +210,8 @@ def bench_step(shape, rounds, device, median, spread):
     blocks, targets, count, longest, _, config = SHAPES[shape]
     rows = make_rows(shape, median, spread)
     real = [sum(len(row.ids) for row in batch) for batch in rows]
-    (step, theirs, _), (our_step, model, _) = (contestant(shape, rows, device) for contestant in CONTESTANTS.values())
-    share_weights(model, theirs)
+    step, theirs, _ = straightforward(shape, rows, device)
+    our_step, model, _ = ours(shape, rows, device, source=theirs)
     # a product with a block's weights is 2 FLOP a weight and token: reference, adapted, and the gradient of its input
     weights = sum(p.numel() for name, p in model.layers[0].named_parameters() if 'lora_' not in name and p.dim() == 2)
     flop = 3 * 2 * weights * (real[0] * blocks + real[1] * max(targets))
@@ -222,6 +224,8 @@ def bench_step(shape, rounds, device, median, spread):
     computed = {'straightforward': 2 * count * longest, 'this project': our_step.computed}
     top = ceiling() if device != 'cpu' else None
     del steps, step, our_step, theirs, model, run
+    if top:
+        torch.cuda.empty_cache()
     peak = {name: alone(MEMORY, name, shape, device, median, spread) for name in CONTESTANTS}
     seconds = {name: statistics.median(times[name]) for name in CONTESTANTS}
     for name in CONTESTANTS:
