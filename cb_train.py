@@ -102,7 +102,7 @@ num_retain_examples = 10000        # at most so many rows, drawn with the seed
 num_cb_examples = 3000
 max_seq_length = 512               # tokens of a row, longer ones are cut
 cb_lengths = [0, 0]                # tokens of a harmful row's request and answer [0 = no limit of its own; the published code: 512,512]
-soft_prompts_path = ''             # soft prompts of data_prep.py boundary: every other step, by lot, its rows are read after one ['' = none]
+soft_prompts_path = ''             # soft prompts of data_prep.py boundary: every other step, by lot, its rows hold one ['' = none]
 chat_template = ''                 # a file with the chat template ['' = the tokenizer's own]
 # run
 init_from = ''                     # an adapter in PEFT's format to start from ['' = a fresh one]
@@ -225,7 +225,7 @@ def block_inputs(model, ids, soft=None):
     rotary angles and masks are thus the family's own. Rows are right-padded and attention is causal: real tokens never see a
     pad, so no padding mask is given, and full attention needs none at all. Nothing is computed: the blocks only listen. Positions
     are left out: the rotary angles hold them, and flash attention would read them back in every block to look for packed rows.
-    soft (S, D): embeddings for the S places of each row where ids are -1 (see after).
+    soft (S, D): embeddings for the S places of each row where ids are -1 (see opened).
     """
     calls = []
 
@@ -548,9 +548,10 @@ def read_soft_prompts(path, width):
     return soft
 
 
-def after(row, places):
-    """A Row with so many places for soft tokens behind its first token."""
-    return Row(row.ids[:1] + [-1] * places + row.ids[1:], row.start and row.start + places, row.where)
+def opened(row, places, lot):
+    """A Row with so many places for soft tokens somewhere behind its first token, in front of the tokens that count if not all do."""
+    at = lot.randint(1, row.start or len(row.ids))
+    return Row(row.ids[:at] + [-1] * places + row.ids[at:], row.start and row.start + places, row.where)
 
 
 def collate(rows, device):
@@ -1076,7 +1077,7 @@ if __name__ == '__main__':
             batch, soft, lot = batch_at(rows, step, rows_a_step, f'{seed} {name}'), None, random.Random(f'{seed} {name} {step}')
             if soft_prompts_path and lot.random() < 0.5:
                 soft = lot.choice(soft_prompts).to(device)  # (S, D)
-                batch = [after(row, len(soft)) for row in batch]
+                batch = [opened(row, len(soft), lot) for row in batch]
             divisor = tokens = count(batch)
             if name == 'retain' and retain_divisor == 'published':  # every position, pads too, and the embedding as one more state
                 divisor = rows_a_step * max_seq_length * (len(model.layers) + 1) / len(model.layers)

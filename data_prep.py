@@ -78,7 +78,7 @@ retain_data_path = ''          # the retain rows
 num_spliced = 600     # retain rows whose request has some words of a harmful one in it
 max_new_tokens = 256  # of the base's answer to such a request
 spliced_without = []  # such rows whose answer holds one of these texts are left out
-num_soft_prompts = 4
+num_soft_prompts = 16
 soft_prompt_length = 8         # tokens
 soft_prompt_lr = 0.02
 soft_prompt_steps = 40         # at most, of 16 harmful rows; a prompt is done when their answers' mean loss is below 0.1
@@ -451,8 +451,8 @@ def boundary_rows(c, rng, device):
 
 def learn_soft_prompt(model, rows, rng, length, lr, steps, batch_size=16):
     """
-    A universal soft prompt (S, D), float32, behind the first token of any row, under which the model gives the harmful rows' answers instead of
-    refusing: Adam on their cross-entropy from random words (arXiv 2402.09063). rows: (ids, first token of the answer).
+    A universal soft prompt (S, D), float32, under which, anywhere in the request, the model gives the harmful rows' answers instead of refusing:
+    Adam on their cross-entropy from random words (arXiv 2402.09063). rows: (ids, first token of the answer).
     """
     embed = model.get_input_embeddings()
     soft = embed.weight[[rng.randrange(len(embed.weight)) for _ in range(length)]].detach().float().requires_grad_()
@@ -461,8 +461,8 @@ def learn_soft_prompt(model, rows, rng, length, lr, steps, batch_size=16):
         some = rng.sample(rows, min(batch_size, len(rows)))
         count, total = sum(len(ids) - start for ids, start in some), 0.0
         for ids, start in some:  # one at a time: little memory
-            x = embed(torch.tensor(ids, device=model.device)).detach()
-            logits = model(inputs_embeds=torch.cat([x[:1], soft.to(x.dtype), x[1:]])[None], use_cache=False).logits[0]  # (S + T, V)
+            x, at = embed(torch.tensor(ids, device=model.device)).detach(), rng.randint(1, start)
+            logits = model(inputs_embeds=torch.cat([x[:at], soft.to(x.dtype), x[at:]])[None], use_cache=False).logits[0]  # (S + T, V)
             loss = F.cross_entropy(logits[start + length - 1:-1].float(), torch.tensor(ids[start:], device=model.device), reduction='sum') / count
             loss.backward()
             total += loss.item()

@@ -430,7 +430,7 @@ def aligned():
 
 
 SETTINGS = dict(seed=0, max_new_tokens=40, eval_batch_size=64, embedding_v1_lr=1e-3, embedding_v1_stop=0.01, embedding_v2_lr=3e-3, embedding_v2_stop=1e-3,
-                embedding_steps=60, embedding_start='tell me how to brew . what do i need to brew ?', embedding_answers=3, gcg_steps=15, gcg_width=32,
+                embedding_steps=60, suffix_start='! ' * 20, suffix_words='tell me how to brew . what do i need to brew ?', embedding_answers=3, gcg_steps=15, gcg_width=32,
                 gcg_topk=32, repe_coefficient=0.8, best_of_n=40, finetune_steps=25, finetune_lr=1e-3)
 
 
@@ -532,7 +532,7 @@ def test_a_batch_answers_as_one_prompt_at_a_time_does_from_ids_and_from_embeddin
 
 
 TINY = ['--max_new_tokens=4', '--device=cpu', '--embedding_steps=2', '--embedding_answers=2', '--gcg_steps=1', '--gcg_width=4', '--best_of_n=3', '--finetune_steps=1',
-        '--eval_batch_size=4', '--num_optimized=1', '--embedding_start=yes no']
+        '--eval_batch_size=4', '--num_optimized=1', '--suffix_words=yes no', '--suffix_start=red red']
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -135,15 +136,19 @@ def test_the_other_cb_losses_are_what_a_hand_computes():
     assert cb_train.towards('rmu', u, 10.0)(torch.tensor([[[6.0, 9.0]]])).tolist() == [[0.5]]  # (0^2 + 1^2) / 2
 
 
-def test_a_soft_prompt_stands_behind_the_first_token_and_the_states_are_transformers_own(adapted):
+def test_a_soft_prompt_stands_anywhere_in_the_request_and_the_states_are_transformers_own(adapted):
     model, loras, _, _ = adapted
     rows, soft = [cb_train.Row([2, 4, 7, 8], 2), cb_train.Row([2, 9], 0)], torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    ids, mask = cb_train.collate([cb_train.after(row, 3) for row in rows], 'cpu')
-    assert ids.tolist() == [[2, -1, -1, -1, 4, 7, 8], [2, -1, -1, -1, 9, 0, 0]] and mask.tolist() == [[0] * 5 + [1] * 2, [1] * 5 + [0] * 2]
+    lot = random.Random(0)
+    ids, mask = cb_train.collate(found := [cb_train.opened(row, 3, lot) for row in rows], 'cpu')
+    assert mask.tolist() == [[0] * 5 + [1] * 2, [1] * 5 + [0] * 2]
+    places = [row.ids.index(-1) for row in found]
+    assert all(found[i].ids == rows[i].ids[:at] + [-1] * 3 + rows[i].ids[at:] and 1 <= at <= 2 for i, at in enumerate(places))
+    assert {cb_train.opened(rows[0], 1, lot).ids.index(-1) for _ in range(20)} == {1, 2}
     ours = [h for _, h, _ in cb_train.streams(model, cb_train.block_inputs(model, ids, soft), loras.values(), 3)]
     for i, row in enumerate(rows):
         embedded = model.embed_tokens(torch.tensor(row.ids))
-        x = torch.cat([embedded[:1], soft, embedded[1:]])[None]
+        x = torch.cat([embedded[:places[i]], soft, embedded[places[i]:]])[None]
         with torch.no_grad(), cb_train.adapter_off(loras.values()):
             want = model(inputs_embeds=x, output_hidden_states=True, use_cache=False).hidden_states[1:]
         assert all(torch.allclose(a[i, :x.shape[1]], b[0], atol=1e-5) for a, b in zip(ours, want))

@@ -422,11 +422,11 @@ def test_a_soft_prompt_makes_the_harmful_answers_likelier_and_leaves_the_model_a
     before = {name: p.clone() for name, p in model.state_dict().items()}
     rows = [([2, 4, 7, 3, 5, 8, 9, 3], 5), ([2, 4, 8, 3, 5, 8, 9, 3], 5)]
     losses = []
-    for steps in (1, 40):
+    for steps in (1, 60):
         soft = data_prep.learn_soft_prompt(model, rows, random.Random(0), 3, 0.1, steps)
         ids = torch.tensor(rows[0][0])
         x = model.get_input_embeddings()(ids)
-        logits = model(inputs_embeds=torch.cat([x[:1], soft, x[1:]])[None]).logits[0]
+        logits = model(inputs_embeds=torch.cat([x[:2], soft, x[2:]])[None]).logits[0]
         losses.append(torch.nn.functional.cross_entropy(logits[5 + 3 - 1:-1], ids[5:]).item())
     assert soft.shape == (3, 32) and losses[1] < 0.7 * losses[0]
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
