@@ -855,7 +855,7 @@ def plot_states(pairs, path):
     fig, axes = figure(11, 2 + 2.2 * len(pairs) / 2, 2 * len(pairs))
     for i, (title, (before, after, start)) in enumerate(pairs.items()):
         cos, ratio = F.cosine_similarity(before, after, dim=-1), after.norm(dim=-1) / before.norm(dim=-1)  # (L, T)
-        for ax, values, name, limits in ((axes[0, 2 * i], cos, 'cosine', (0, 1)), (axes[0, 2 * i + 1], ratio, 'norm, after / before', (0, 2))):
+        for ax, values, name, limits in ((axes[0, 2 * i], cos, 'cosine', (0, 1)), (axes[0, 2 * i + 1], ratio, 'norm ratio, 2 and more', (0, 2))):
             image = ax.imshow(values.clamp(*limits).numpy(), aspect='auto', origin='lower', cmap='cividis', vmin=limits[0], vmax=limits[1],
                               extent=(0, values.shape[1], 0.5, values.shape[0] + 0.5))
             ax.axvline(start, color='white', linestyle=':')

@@ -67,7 +67,7 @@ def measure(name, folder, number, out):
         configs = [option for option in options if not option.startswith('--')]
         call(f'{out}.log', 'cb_train.py', 'config/toy.py', *configs, *given, *data, f'--seed={number}', '--overwrite=True', *[o for o in options if o.startswith('--')])
         call(f'{out}.log', 'cb_eval.py', 'config/toy.py', *given, f'--cb_data_path={folder}/circuit_breaker.json', f'--retain_data_path={folder}/retain.jsonl',
-             f'--behaviors_path={folder}/behaviors.jsonl', f'--templates_path={folder}/templates.txt', f'--turns_path={folder}/turns.jsonl', f'--attacks={ATTACKS}')
+             f'--behaviors_path={folder}/behaviors.jsonl', f'--templates_path={folder}/templates.txt', f'--turns_path={folder}/turns.jsonl', f'--attacks={ATTACKS}', '--num_examples=50')
     return json.load(open(f'{out}/eval.json'))['rows']
 
 
