@@ -10,6 +10,7 @@ harmful text away from where they were and holds its states on everything else i
 
     python cb_train.py config/toy.py                               # a laptop, half a minute, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150            # a GPU
+    torchrun --nproc_per_node=8 cb_train.py config/llama3.py       # 8 GPUs: each computes its share of every step's rows
     python cb_train.py config/llama3.py --resume=True              # after a crash or Ctrl-C: the same command and --resume=True
     python cb_train.py config/llama3.py --cb_data_path=FILE.json   # your own rows: a JSON array of {"prompt", "response"}
     python cb_train.py config/llama3.py --init_from=out/llama3/adapter --merge_only=True --output_dir=out/merged
@@ -52,6 +53,7 @@ import huggingface_hub
 import safetensors
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
@@ -60,7 +62,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel
 
-from configurator import configure, fail, fault
+from configurator import configure, fail, fault, last_word
 from data_prep import BENIGN_ANSWERS, HARMFUL_ANSWERS, hub_trouble, load_rows, load_tokenizer, messages_of, numbered_rows, template_ids
 
 # -----------------------------------------------------------------------------------------------------------------------
@@ -69,6 +71,7 @@ model_name = 'meta-llama/Meta-Llama-3-8B-Instruct'  # a model directory or a hub
 num_hidden_layers = 21             # blocks kept for training, the rest is never loaded [0 = max(target_layers) + 1]
 device = 'auto'                    # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto'                     # of the frozen weights: auto (as stored) | float32 | bfloat16 | float16
+fsdp = False                       # divide the frozen blocks among torchrun's ranks (FSDP2): for a model that does not fit one GPU
 gradient_checkpointing = 'auto'    # True = recompute each block in the backward pass: less memory, a third more work; auto = if it must be
 # representation rerouting
 target_layers = [10, 20]           # states that the cb loss turns away
@@ -157,15 +160,15 @@ class AddLoRA(torch.autograd.Function):
 class LoRALinear(nn.Module):
     """
     A frozen linear layer plus a trainable low-rank delta: base(x) + lora_B(lora_A(dropout(x))) * alpha / r   (arXiv 2106.09685).
-    lora_A (r, in) is Kaiming-uniform, lora_B (out, r) zero, both float32. `enabled = False` gives the base bit for bit.
+    lora_A (r, in) is Kaiming-uniform, drawn on the CPU so that no device changes it, lora_B (out, r) zero, both float32.
+    `enabled = False` gives the base bit for bit.
     """
 
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
         self.base, self.dropout, self.scale, self.enabled = base, dropout, alpha / r, True
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
+        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, base.in_features), a=math.sqrt(5)).to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):  # (B, T, in) -> (B, T, out)
         y = self.base(x)
@@ -199,7 +202,11 @@ def add_lora(model, target_modules, layers, r, alpha, dropout):
 def fold(loras):
     """Adds each delta to its frozen weight in memory and turns the adapter off: what merge() does in the file."""
     for lora in loras:
-        lora.base.weight.copy_(lora.base.weight.float() + lora.delta())
+        weight, delta = lora.base.weight, lora.delta()
+        if hasattr(weight, 'device_mesh'):  # sharded: each rank adds its own rows
+            from torch.distributed.tensor import distribute_tensor
+            delta = distribute_tensor(delta, weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.copy_(weight.float() + delta)
         lora.enabled = False
 
 
@@ -215,6 +222,36 @@ def adapter_off(loras):
             lora.enabled = True
 
 
+# ---- several ranks: torchrun starts this script once a GPU ------------------------------------------------------------
+
+
+def summed(tensor):
+    """A tensor, by now its sum over the ranks, in place; a process alone has nothing to add."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def shard(model, device):
+    """
+    Divides the frozen blocks among the ranks (FSDP2): each holds 1 / ranks of the weights and one block more, gathered while it computes.
+    The blocks come memory-mapped from load_decoder and pass through the device one by one, so that neither a GPU nor the host's memory
+    has to hold the model; LoRA stays whole on each rank, its gradients are in the step's own sum.
+    """
+    from torch.distributed.fsdp import fully_shard  # not above: loading it takes 0.6 s
+    mesh = dist.init_device_mesh(device.partition(':')[0], (dist.get_world_size(),))
+    for block in model.layers:
+        fully_shard(block.to(device), mesh=mesh, reshard_after_forward=True, ignored_params={p for p in block.parameters() if p.requires_grad})
+
+
+def visit(model, device):
+    """Lets each block of load_decoder's mapped model come to the device for its one call and then vanish: any size fits. Returns the model."""
+    for block in model.layers:
+        block.register_forward_pre_hook(lambda block, _: block.to(device) and None)  # what a hook returns would replace its input
+        block.register_forward_hook(lambda block, *_: block.to('meta') and None)
+    return model
+
+
 # ---- the two streams and the two losses -------------------------------------------------------------------------------
 
 
@@ -223,8 +260,9 @@ def block_inputs(model, ids, soft=None):
     """
     What transformers hands to its blocks: the first one's input (B, T, D) and every block's keyword arguments. Embedding scale,
     rotary angles and masks are thus the family's own. Rows are right-padded and attention is causal: real tokens never see a
-    pad, so no padding mask is given, and full attention needs none at all. Nothing is computed: the blocks only listen. Positions
-    are left out: the rotary angles hold them, and flash attention would read them back in every block to look for packed rows.
+    pad, so no padding mask is given, and full attention needs none at all. Nothing is computed: the blocks only listen, in place of
+    their whole call, or FSDP's hooks would gather their weights. Positions are left out: the rotary angles hold them, and flash
+    attention would read them back in every block to look for packed rows.
     soft (S, D): embeddings for the S places of each row where ids are -1 (see opened).
     """
     calls = []
@@ -234,7 +272,7 @@ def block_inputs(model, ids, soft=None):
         return h
 
     for block in model.layers:
-        block.forward = listen
+        block._call_impl = listen
     try:
         if soft is None:
             model(input_ids=ids, use_cache=False)
@@ -244,7 +282,7 @@ def block_inputs(model, ids, soft=None):
             model(inputs_embeds=x, use_cache=False)
     finally:
         for block in model.layers:
-            del block.forward
+            del block._call_impl
     return calls[0][0], [kwargs for _, kwargs in calls]
 
 
@@ -257,8 +295,11 @@ def streams(model, inputs, loras, last, checkpointing=False):
     h, arguments = inputs  # (B, T, D)
     h_lora = h
     for l, block in enumerate(model.layers[:last], 1):
+        drop_weights = getattr(block, 'set_reshard_after_forward', lambda drop: None)
+        drop_weights(False)  # a sharded block gathers them once for both streams
         with torch.no_grad(), adapter_off(loras):
             h = block(h, **arguments[l - 1])
+        drop_weights(True)
         if checkpointing:
             h_lora = checkpoint(block, h_lora, **arguments[l - 1], use_reentrant=False)
         else:
@@ -335,19 +376,22 @@ def cb_pass(model, inputs, mask, loras, target_layers, checkpointing=False, toke
     return loss, cos
 
 
-def passes(model, rows, batch_size, micro_batch_tokens, device, soft=None):
+def passes(model, rows, batch_size, micro_batch_tokens, device, rank=0, world=1, soft=None):
     """
     Splits rows into passes by length, the longest first, so that few pads are computed: each at most batch_size rows and
-    micro_batch_tokens tokens with its pads, or one row. Yields (inputs, mask) of each, as retain_pass and cb_pass want them. soft: as in
+    micro_batch_tokens tokens with its pads, or one row. Yields (inputs, mask) of each, as retain_pass and cb_pass want them.
+    Of many ranks each gets one of every `world` rows, dealt there and back so that their tokens are about equal. All have the same
+    number of passes, which FSDP needs: a rank without a row in one computes a token that does not count. soft: as in
     block_inputs.
     """
-    batches = []
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if not batches or len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * len(batches[-1][0].ids) > micro_batch_tokens:
-            batches.append([])
-        batches[-1].append(row)
+    rows, batches = sorted(rows, key=lambda row: -len(row.ids)), []
+    for i in range(0, len(rows), world):  # a row for each rank
+        if not batches or len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * longest > micro_batch_tokens:
+            longest, batches = len(rows[i].ids), [*batches, []]
+        batches[-1].append(rows[i:i + world][::(-1) ** (i // world)])
     for batch in batches:
-        ids, mask = collate(batch, device)  # (B, T)
+        places = 0 if soft is None else len(soft)
+        ids, mask = collate([dealt[rank] for dealt in batch if rank < len(dealt)] or [Row([0] + [-1] * places, 1 + places)], device)  # (B, T)
         yield block_inputs(model, ids, soft), mask
 
 
@@ -397,20 +441,22 @@ def plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_
     tokens = micro_batch_tokens or (384 if device == 'cpu' else 2048)
     if gradient_checkpointing != 'auto':
         return tokens, gradient_checkpointing == 'True', 'as the option says'
+    if hasattr(model.layers[0], 'unshard'):
+        return tokens, True, 'the model is sharded'
     need, free = bytes_kept(model, probe, loras) * max(longest, min(tokens, longest * batch_size)), memory_at_hand(device)
     return tokens, need > free / 2, f'the graph of the largest pass takes {need / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are at hand'
 
 
 @torch.no_grad()
-def validate(model, rows, loras, target_layers, batch_size, micro_batch_tokens, device, run_cb=cb_pass):
+def validate(model, rows, loras, target_layers, batch_size, micro_batch_tokens, device, rank, world, run_cb=cb_pass):
     """The fifth pass: the losses and cosines of held-out rows {'benign', 'harmful': ids}, without dropout. Returns {name: mean}."""
     for lora in loras:
         lora.eval()
     means = {}
     for name, run, some in (('retain', retain_pass, rows['benign']), ('cb', run_cb, rows['harmful'])):
-        sums = [run(model, *batch, loras, target_layers) for batch in passes(model, some, batch_size, micro_batch_tokens, device)]
-        tokens = count(some)
-        means[f'val_{name}_loss'], means[f'val_{name}_cos'] = (float(sum(column)) / tokens for column in zip(*sums))
+        sums = [run(model, *batch, loras, target_layers) for batch in passes(model, some, batch_size, micro_batch_tokens, device, rank, world)]
+        sums = summed(torch.tensor([float(sum(column)) for column in zip(*sums)], dtype=torch.float64)) / count(some)
+        means[f'val_{name}_loss'], means[f'val_{name}_cos'] = sums.tolist()
     for lora in loras:
         lora.train()
     return means
@@ -647,8 +693,11 @@ def attention(dtype, device):
     return 'flash_attention_2' if flash else None
 
 
-def load_decoder(model_dir, blocks, dtype, device):
-    """The first `blocks` blocks of the decoder with its embedding and final norm, without the head; the rest is never read."""
+def load_decoder(model_dir, blocks, dtype, device, mapped=False):
+    """
+    The first `blocks` blocks of the decoder with its embedding and final norm, without the head; the rest is never read. mapped: the
+    blocks stay on the CPU, mapped from the files: pages that all ranks share and the system may drop (in another dtype than stored, copies).
+    """
     config, total = truncated_config(model_dir, blocks)
     stored = str(getattr(config, 'dtype', None) if dtype == 'auto' else dtype).rpartition('.')[2]
     model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
@@ -657,7 +706,10 @@ def load_decoder(model_dir, blocks, dtype, device):
     wrong = [*report['missing_keys'], *report['mismatched_keys'], *(key for key in report['unexpected_keys'] if not dropped.search(key))]
     if wrong:
         fail(f'{model_dir}: {len(wrong)} weights are missing or do not fit, the first is {wrong[0]}')
-    return model.to(device).eval()
+    for module in model.children():
+        if module is not model.layers or not mapped:
+            module.to(device)
+    return model.eval()
 
 
 def copy_bytes(source, target, size):
@@ -764,21 +816,23 @@ def write_json(path, value):
 
 CHECKPOINT = 'checkpoint.safetensors'
 MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interval', 'eval_interval', 'save_interval',  # between a run and its resume
-              'gradient_checkpointing', 'micro_batch_tokens')
+              'gradient_checkpointing', 'micro_batch_tokens', 'fsdp')
 
 
-def save_checkpoint(path, named_loras, optimizer, state):
+def save_checkpoint(path, named_loras, optimizer, state, rank, world):
     """
-    One safetensors file: LoRA, AdamW's moments, random states, and `state` (JSON) in its header. Written beside the last good
-    one, synced, then renamed over it.
+    One safetensors file: LoRA, AdamW's moments, random states of every rank (world, bytes), and `state` (JSON) in its header. Written
+    by rank 0 beside the last good one, synced, then renamed over it.
     """
-    tensors = {'random.cpu': torch.get_rng_state()}
+    device = next(iter(named_loras.values())).lora_A.device
+    random_states = {'random.cpu': torch.get_rng_state()} | ({'random.cuda': torch.cuda.get_rng_state(device)} if device.type == 'cuda' else {})
+    tensors = {name: summed(torch.stack([own * (r == rank) for r in range(world)])) for name, own in random_states.items()}
+    if rank:
+        return
     for name, lora in named_loras.items():
         for part in ('lora_A', 'lora_B'):
             parameter = getattr(lora, part)
             tensors |= {f'{name}.{part}': parameter.detach(), **{f'{name}.{part}.{key}': value for key, value in optimizer.state[parameter].items()}}
-    if lora.lora_A.is_cuda:
-        tensors['random.cuda'] = torch.cuda.get_rng_state(lora.lora_A.device)
     save_file(tensors, path + '.new', metadata={'state': json.dumps(state)})
     with open(path + '.new', 'rb') as f:
         os.fsync(f.fileno())
@@ -809,17 +863,17 @@ def differing(options, found):
             if name in options and name not in MAY_DIFFER and options[name] != value]
 
 
-def restore(tensors, named_loras, optimizer):
-    """Puts the tensors of a checkpoint back: LoRA, moments, random states."""
+def restore(tensors, named_loras, optimizer, rank):
+    """Puts the tensors of a checkpoint back: LoRA, moments, the random states of this rank."""
     for name, lora in named_loras.items():
         for part in ('lora_A', 'lora_B'):
             parameter, prefix = getattr(lora, part), f'{name}.{part}.'
             parameter.data.copy_(tensors[prefix[:-1]])
             optimizer.state[parameter] = {key[len(prefix):]: value.to(parameter.device) if value.dim() else value
                                           for key, value in tensors.items() if key.startswith(prefix)}
-    torch.set_rng_state(tensors['random.cpu'])
+    torch.set_rng_state(tensors['random.cpu'][rank].clone())  # torch misreads a view
     if 'random.cuda' in tensors:
-        torch.cuda.set_rng_state(tensors['random.cuda'], lora.lora_A.device)
+        torch.cuda.set_rng_state(tensors['random.cuda'][rank].clone(), lora.lora_A.device)
 
 
 def finish(output_dir):
@@ -847,15 +901,16 @@ def open_log(path):
 
 def stop_now(number, frame):
     """The handler of SIGINT and SIGTERM outside the training loop."""
-    print(f'\n{signal.Signals(number).name}: stopped; a checkpoint, if there is one, is whole: go on with the same command and --resume=True', file=sys.stderr)
+    last_word(f'{signal.Signals(number).name}: stopped; a checkpoint, if there is one, is whole: go on with the same command and --resume=True')
     sys.exit(128 + number)
 
 
 # ---- checks before anything is loaded or written ----------------------------------------------------------------------
 
 
-def check_options(c):
-    """Ends with one line if the options (a dict) contradict each other or the machine."""
+def check_options(c, ranks=1):
+    """Ends with one line if the options (a dict) contradict each other, the machine or the number of ranks."""
+    rows_a_step, gpus = c['batch_size'] * c['gradient_accumulation_steps'], torch.cuda.device_count()
     checks = [(f'{name}={c[name]}', 'at least 1', c[name] >= 1) for name in
               ('lora_r', 'lora_alpha', 'max_steps', 'batch_size', 'gradient_accumulation_steps', 'num_retain_examples', 'num_cb_examples',
                'max_seq_length', 'log_interval', 'eval_interval', 'save_interval')]
@@ -875,7 +930,11 @@ def check_options(c):
                (f'device={c["device"]}', 'auto, cpu, cuda, cuda:N or mps', re.fullmatch(r'auto|cpu|cuda(:\d+)?|mps', c['device'])),
                (f'device={c["device"]} without such a device here', 'another', not (
                    c['device'].startswith('cuda') and int('0' + re.sub(r'\D', '', c['device'])) >= torch.cuda.device_count()
-                   or c['device'] == 'mps' and not torch.backends.mps.is_available()))]
+                   or c['device'] == 'mps' and not torch.backends.mps.is_available())),
+               (f'{ranks} ranks and {rows_a_step} rows of each set a step', 'a row for each rank', ranks <= rows_a_step or c['merge_only']),
+               (f'device={c["device"]} and {ranks} ranks', 'auto, cpu or cuda', ranks == 1 or c['device'] in ('auto', 'cpu', 'cuda')),
+               (f'{ranks} ranks and {gpus} GPUs', 'a GPU for each rank of a machine',
+                c['device'] == 'cpu' or not gpus or int(os.environ.get('LOCAL_WORLD_SIZE', 1)) <= gpus)]
     checks += [(f'an empty {name}', 'at least one', c[name]) for name in ('target_layers', 'target_modules', 'layers_to_transform', 'output_dir')]
     checks += [(f'{name}={c[name]}, with one twice', 'each once', len(set(c[name])) == len(c[name])) for name in
                ('target_layers', 'target_modules', 'layers_to_transform')]
@@ -955,10 +1014,15 @@ def versions():
 
 
 if __name__ == '__main__':
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # as torchrun sets them
+    if rank:
+        sys.stdout = sys.stderr = open(os.devnull, 'w')  # rank 0 speaks and writes for all
     config = configure(__file__, sys.argv[1:])
     globals().update(config)  # from here on every option is a plain name, as in the block above
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if 'RANK' in os.environ:
+        dist.init_process_group()  # gloo for tensors on the CPU, nccl for those on a GPU
     sys.excepthook = fault
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_now)
@@ -968,13 +1032,18 @@ if __name__ == '__main__':
         differ = differing(config, json.load(open(os.path.join(output_dir, 'cb_config.json'), encoding='utf-8')))
         if differ:
             another_run(output_dir, differ)
-        finish(output_dir)
+        summed(torch.zeros(1))  # every rank has looked
+        if rank == 0:
+            finish(output_dir)
         print(f'{output_dir}: complete already, nothing to resume')
         sys.exit(0)
 
     # everything that the user may have got wrong, before the model is loaded or anything written
-    check_options({**config, 'output_dir': output_dir})
-    check_writable(output_dir, model_name)
+    check_options({**config, 'output_dir': output_dir}, world)
+    if fsdp and not dist.is_initialized():
+        fail('fsdp=True without ranks found, torchrun --nproc_per_node=N cb_train.py ... wanted')
+    if rank == 0:
+        check_writable(output_dir, model_name)
     retain_messages = cb_messages = val_rows = []
     if not merge_only:
         as_benign, as_harmful = (functools.partial(messages_of, answers=answers) for answers in (BENIGN_ANSWERS, HARMFUL_ANSWERS))
@@ -987,7 +1056,10 @@ if __name__ == '__main__':
     soft_prompts = read_soft_prompts(soft_prompts_path, AutoConfig.from_pretrained(model_dir).hidden_size) if soft_prompts_path else []
     tokenizer = load_tokenizer(model_dir, chat_template)
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() and world == 1 else 'cpu'
+    if device == 'cuda' and world > 1:
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(device)
 
     counted = {'retain': 'response' if loss_on == 'response' else 'all', 'harmful': 'all' if loss_on == 'all' else 'response'}
     sets, val_sets = {}, {}
@@ -999,7 +1071,7 @@ if __name__ == '__main__':
                                       counted[name]) for label, name in (('benign', 'retain'), ('harmful', 'harmful'))}
 
     # what a checkpoint must agree with, and the checkpoint if there is one
-    state = {'options': {name: value for name, value in config.items() if name not in MAY_DIFFER}, 'base': base_files(model_dir),
+    state = {'options': {**{name: value for name, value in config.items() if name not in MAY_DIFFER}, 'ranks': world}, 'base': base_files(model_dir),
              'rows': rows_digest(sets.values()) + (hashlib.sha256(soft_prompts.numpy().tobytes()).hexdigest() if soft_prompts_path else ''),
              'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
     checkpoint_path, log_path, tensors = os.path.join(partial, CHECKPOINT), os.path.join(partial, 'log.jsonl'), None
@@ -1008,13 +1080,17 @@ if __name__ == '__main__':
 
     # the model: truncated, frozen, with a LoRA beside each of its target linears
     torch.manual_seed(seed)
-    model = load_decoder(model_dir, num_hidden_layers or max(target_layers) + 1, dtype, device)
+    model = load_decoder(model_dir, num_hidden_layers or max(target_layers) + 1, dtype, device, mapped=fsdp)
     named_loras = add_lora(model, target_modules, layers_to_transform, lora_r, lora_alpha, lora_dropout)
     for lora in named_loras.values() if lora_b_std else ():
         nn.init.normal_(lora.lora_B, std=lora_b_std)
     for name, (a, b) in adapter.items():
         named_loras[name].lora_A.data.copy_(a)
         named_loras[name].lora_B.data.copy_(b)
+    if fsdp:
+        shard(model, device)
+    if rank:
+        torch.manual_seed(random.Random(f'{seed} rank {rank}').getrandbits(63))  # each rank drops its own elements
     loras = list(named_loras.values())
     parameters = [p for lora in loras for p in (lora.lora_A, lora.lora_B)]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -1036,18 +1112,22 @@ if __name__ == '__main__':
         longest = max(len(row.ids) for rows in sets.values() for row in rows) + (len(soft_prompts[0]) if soft_prompts_path else 0)
         pass_tokens, checkpointing, why = plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing)
 
-    # the output directory is ours from here on: emptied, or cut back to the checkpoint
-    os.makedirs(partial, exist_ok=True)
-    log = open_log(log_path)
-    kept = ('log.jsonl', CHECKPOINT) if tensors else ('log.jsonl',)
-    for path in (os.path.join(partial, name) for name in os.listdir(partial) if name not in kept):
-        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-    log.truncate(state['log_bytes'])
+    # the output directory is ours from here on, as soon as every rank has seen it: emptied, or cut back to the checkpoint
+    summed(torch.zeros(1))
+    log = sys.stdout
+    if rank == 0:
+        os.makedirs(partial, exist_ok=True)
+        log = open_log(log_path)
+        kept = ('log.jsonl', CHECKPOINT) if tensors else ('log.jsonl',)
+        for path in (os.path.join(partial, name) for name in os.listdir(partial) if name not in kept):
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        log.truncate(state['log_bytes'])
     if tensors:
-        restore(tensors, named_loras, optimizer)
+        restore(tensors, named_loras, optimizer, rank)
     else:
-        save_checkpoint(checkpoint_path, named_loras, optimizer, state)
-    print(' | '.join(f'{name} {version}' for name, version in versions().items()) + f' | {device}, {model.dtype}, {model.config._attn_implementation}')
+        save_checkpoint(checkpoint_path, named_loras, optimizer, state, rank, world)
+    print(' | '.join(f'{name} {version}' for name, version in versions().items())
+          + f' | {world} x {device}, {model.dtype}, {model.config._attn_implementation}')
     print('\n'.join(f'{name} = {value!r}' for name, value in config.items()))
     print(f'{len(model.layers)} blocks, {len(loras)} LoRAs, {sum(p.numel() for p in parameters):,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters')
     for name, rows in sets.items():
@@ -1066,6 +1146,12 @@ if __name__ == '__main__':
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.append(number))
     steps = 0 if merge_only else max_steps
+
+    # a step's gradients, the sums of its losses and cosines, and the signals that came are one buffer: one sum over the ranks a step
+    sizes = [p.numel() for p in parameters]
+    flat = torch.zeros(sum(sizes) + 6, device=device)
+    for p, piece in zip(parameters, flat.split([*sizes, 6])):
+        p.grad = piece.view_as(p)
     sources = ('retain', retain_pass, sets.get('retain')), ('cb', run_cb, sets.get('harmful'))
     for step in tqdm(range(state['step'], steps), desc='train', disable=None, initial=state['step'], total=steps):
         record = {'step': step, 'loss': 0.0}
@@ -1081,12 +1167,15 @@ if __name__ == '__main__':
             divisor = tokens = count(batch)
             if name == 'retain' and retain_divisor == 'published':  # every position, pads too, and the embedding as one more state
                 divisor = rows_a_step * max_seq_length * (len(model.layers) + 1) / len(model.layers)
-            work.append((name, run, batch, soft, list(passes(model, batch, batch_size, pass_tokens, device, soft)), coeff, divisor, tokens))
+            work.append((name, run, batch, soft, list(passes(model, batch, batch_size, pass_tokens, device, rank, world, soft)), coeff, divisor, tokens))
 
         # forward and backward; nothing waits for the device before the one read at the end
         sums = [add_gradient(run, model, batches, loras, target_layers, coeff / divisor, checkpointing) for _, run, _, _, batches, coeff, divisor, _ in work]
+        flat[-6:-2] = torch.stack([*sums[0], *sums[1]])
+        flat[-2:] = torch.tensor([float(number in stopped) for number in (signal.SIGINT, signal.SIGTERM)])
+        summed(flat)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        *sums, record['grad_norm'] = torch.stack([*sums[0], *sums[1], grad_norm]).tolist()
+        *sums, interrupted, terminated, record['grad_norm'] = torch.cat([flat[-6:], grad_norm.view(1)]).tolist()
         for (name, _, _, _, _, coeff, divisor, tokens), loss_sum, cos_sum in zip(work, sums[::2], sums[1::2]):
             record |= {f'{name}_loss': loss_sum / divisor, f'{name}_coeff': coeff, f'{name}_cos': cos_sum / tokens}
             record['loss'] += coeff * record[f'{name}_loss']
@@ -1094,15 +1183,16 @@ if __name__ == '__main__':
         if not math.isfinite(record['loss'] + record['grad_norm']):
             with torch.no_grad():
                 bad = [row.where for _, run, batch, soft, *_ in work for row in batch
-                       if not math.isfinite(run(model, *next(passes(model, [row], 1, 1, device, soft)), loras, target_layers)[0])]
-            sys.exit(f'fault: step {step}: retain_loss {record["retain_loss"]}, cb_loss {record["cb_loss"]}, grad_norm {record["grad_norm"]}: stopped '
-                     f'before the optimizer step; {"rows: " + ", ".join(bad) if bad else "no single row alone does it"}; the checkpoint of step '
-                     f'{state["step"]} is kept; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16')
+                       if not math.isfinite(run(model, *next(passes(model, [row], 1, 1, device, soft=soft)), loras, target_layers)[0])]
+            last_word(f'fault: step {step}: retain_loss {record["retain_loss"]}, cb_loss {record["cb_loss"]}, grad_norm {record["grad_norm"]}: '
+                      f'stopped before the optimizer step; {"rows: " + ", ".join(bad) if bad else "no single row alone does it"}; the checkpoint of step '
+                      f'{state["step"]} is kept; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16')
+            sys.exit(1)
         neutral = step == 0 and not init_from and not lora_b_std and cb_loss == 'rr'  # B is zero: h' = h
         if neutral and (record['retain_loss'] > 1e-3 or abs(record['cb_loss'] - 1) > 1e-3):
             sys.exit(f'step 0: retain_loss {record["retain_loss"]} and cb_loss {record["cb_loss"]} found, 0 and 1 wanted: the adapter is not neutral')
         optimizer.step()
-        optimizer.zero_grad()
+        flat.zero_()
 
         last, validated = step == steps - 1, step % eval_interval == 0
         if step % log_interval == 0 or validated or last:
@@ -1110,24 +1200,35 @@ if __name__ == '__main__':
             line = ('step {step:4d} | loss {loss:8.4f} | retain {retain_loss:7.4f} x {retain_coeff:5.2f} cos {retain_cos:6.3f} | '
                     'cb {cb_loss:6.4f} x {cb_coeff:5.2f} cos {cb_cos:6.3f} | grad {grad_norm:8.2e} | {seconds:6.1f} s').format(**record)
             if val_rows and (validated or last):
-                record |= validate(model, val_sets, loras, target_layers, batch_size, pass_tokens, device, run_cb)
+                record |= validate(model, val_sets, loras, target_layers, batch_size, pass_tokens, device, rank, world, run_cb)
                 line += ' | val retain {val_retain_loss:.4f} cos {val_retain_cos:.3f} cb {val_cb_loss:.4f} cos {val_cb_cos:.3f}'.format(**record)
             tqdm.write(line)
             print(json.dumps(record), file=log, flush=True)
-        if last or stopped or (step + 1) % save_interval == 0:
-            state |= {'step': step + 1, 'seconds': time.time() - start, 'log_bytes': os.path.getsize(log_path), 'record': record}
-            save_checkpoint(checkpoint_path, named_loras, optimizer, state)
-        if stopped:
-            print(f'{signal.Signals(stopped[0]).name}: step {step} done and saved; go on with the same command and --resume=True', file=sys.stderr)
-            sys.exit(128 + stopped[0])
+        came = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0  # to any rank: all stop after the same step
+        if world == 1 or last:
+            came = stopped[0] if stopped else 0
+        if last or came or (step + 1) % save_interval == 0:
+            state |= {'step': step + 1, 'seconds': time.time() - start, 'log_bytes': os.fstat(log.fileno()).st_size, 'record': record}
+            save_checkpoint(checkpoint_path, named_loras, optimizer, state, rank, world)
+        if came:
+            print(f'{signal.Signals(came).name}: step {step} done and saved; go on with the same command and --resume=True', file=sys.stderr)
+            sys.exit(128 + came)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_now)
 
     # save: adapter, model card, options, merged model; then reload it and compare its states with the adapted ones
     for lora in loras:
         lora.eval()
+    if merge_adapter:  # sharded blocks compute with every rank, so before all but rank 0 leave
+        adapted = states(model, probe)
+        fold(loras)
+        folded = states(model, probe)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank:
+        sys.exit()
     save_adapter(os.path.join(partial, 'adapter'), named_loras, model_name, lora_r, lora_alpha, lora_dropout)
-    write_json(os.path.join(partial, 'cb_config.json'), {**config, 'versions': versions()})
+    write_json(os.path.join(partial, 'cb_config.json'), {**config, 'ranks': world, 'versions': versions()})
     with open(os.path.join(partial, 'README.md'), 'w', encoding='utf-8') as f:
         f.write(model_card(config, {name: len(rows) for name, rows in sets.items()}, record))
     message = f'{output_dir}: the adapter, in PEFT\'s format, in {os.path.join(output_dir, "adapter")}'
@@ -1143,11 +1244,10 @@ if __name__ == '__main__':
         merge(model_dir, partial, {name: lora.delta for name, lora in named_loras.items()})
         if chat_template:
             shutil.copyfile(chat_template, os.path.join(partial, 'chat_template.jinja'))
-        adapted = states(model, probe)
-        fold(loras)
-        folded, blocks, exact = states(model, probe), len(model.layers), dtype == 'auto' and model.dtype == torch.float32
+        blocks, exact = len(model.layers), dtype == 'auto' and model.dtype == torch.float32
         del model, loras, named_loras, parameters, optimizer
-        merged = states(load_decoder(partial, blocks, dtype, device), probe)
+        merged = load_decoder(partial, blocks, dtype, device, mapped=fsdp)
+        merged = states(visit(merged, device) if fsdp else merged, probe)
         # the file's arithmetic against memory's, and against the adapter beside the weight, which half precision rounds otherwise
         off, rounded = farthest(folded, merged), farthest(adapted, merged)
         if not (off <= (1e-4 if exact else 2e-2) and rounded <= (1e-3 if exact else 0.2)):

@@ -24,9 +24,25 @@ import types
 FENCE = re.compile(r'# -{20,}\n(.*?)^# -{20,}\n', re.S | re.M)
 
 
+def last_word(text):
+    """
+    What a program that ends says, on stderr. Of torchrun's ranks on a machine only the first that ends has a say, whichever it is: the
+    others made the same mistake, or end because it is gone.
+    """
+    folder = os.path.dirname(os.path.dirname(os.environ.get('TORCHELASTIC_ERROR_FILE', '')))  # all ranks', by torchrun, for this run alone
+    try:
+        if folder:
+            os.close(os.open(os.path.join(folder, 'last_word'), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    except OSError:  # nowhere to agree: better twice than not at all
+        pass
+    print(text, file=sys.stderr if os.environ.get('RANK', '0') == '0' else sys.__stderr__, flush=True)
+
+
 def fail(message):
     """Ends the program for a mistake of its user: one line on stderr, exit status 2."""
-    print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
+    last_word('error: ' + ' '.join(str(message).split()))
     sys.exit(2)
 
 
@@ -42,9 +58,11 @@ def fault(kind, error, trace):
                 'from its last checkpoint with --resume=True')
     elif issubclass(kind, KeyboardInterrupt):
         line = 'interrupted: the output that was there before is whole'
+    elif kind.__name__.startswith('Dist') or 'gloo' in text:  # torch's DistBackendError, ..., or RuntimeError
+        line = 'lost another rank, which died or was killed: torchrun says below which; go on from the last checkpoint with --resume=True'
     else:
-        return sys.__excepthook__(kind, error, trace)
-    print('fault: ' + ' '.join(line.split()), file=sys.stderr)
+        return last_word(''.join(traceback.format_exception(kind, error, trace)).rstrip())
+    last_word(f'fault: {"rank " + os.environ["RANK"] + ": " if "RANK" in os.environ else ""}' + ' '.join(line.split()))
 
 
 def options(script):

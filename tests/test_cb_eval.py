@@ -12,7 +12,6 @@ import types
 import datasets
 import pytest
 import torch
-import transformers
 from conftest import ROOT, make_model_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -576,7 +575,7 @@ def test_a_stopped_run_goes_on_with_the_same_end_and_keeps_the_attacks_that_were
     attacks = '--attacks=direct,best_of_n,prefill'
     assert run('cb_eval.py', *arguments, attacks)[0] == 0
     wanted = [(tmp_path / 'out' / name).read_bytes() for name in ('eval.json', 'generations.jsonl')]
-    write, calls = os.replace, []
+    write = os.replace
 
     def stop(source, target):
         if str(target).endswith('generations.jsonl'):

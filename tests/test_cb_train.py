@@ -2,8 +2,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -719,3 +721,143 @@ def test_a_folder_that_no_run_wrote_is_never_replaced(run, arguments, tmp_path):
     (tmp_path / 'out' / 'thesis.txt').write_text('mine')
     status, _, err = run('cb_train.py', *arguments, '--overwrite=True')
     assert status == 2 and 'choose another' in err and (tmp_path / 'out' / 'thesis.txt').read_text() == 'mine'
+
+
+# ---- several ranks ----
+
+
+def torchrun(ranks, *arguments):
+    """Starts cb_train.py on so many gloo processes; what it prints goes to output_dir.stdout and .stderr."""
+    out = next(a for a in reversed(arguments) if a.startswith('--output_dir=')).partition('=')[2]
+    with open(f'{out}.stdout', 'w') as stdout, open(f'{out}.stderr', 'w') as stderr:
+        return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', 'cb_train.py', *arguments],
+                                cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=stdout, stderr=stderr)
+
+
+def said(out, name='stderr'):
+    """The lines that the ranks printed, without torchrun's own."""
+    return [line for line in open(f'{out}.{name}').read().splitlines() if line.startswith(('error', 'fault', 'SIG', 'step', 'rank'))]
+
+
+def records_of(out):
+    return [{key: value for key, value in json.loads(line).items() if key != 'seconds'} for line in open(f'{out}/log.jsonl')]
+
+
+def test_two_ranks_with_the_model_whole_or_sharded_log_train_and_merge_as_one_process_does(run, arguments, model_dir, tmp_path):
+    start = peft_adapter(tmp_path / 'start', model_dir, ATTENTION)
+    arguments = [*arguments, f'--init_from={start}', '--lora_dropout=0', '--batch_size=5', '--micro_batch_tokens=40']  # masks of dropout are each rank's own
+    ends = {name: torchrun(2, *arguments, f'--output_dir={tmp_path / name}', f'--fsdp={name == "sharded"}', f'--gradient_checkpointing={name == "sharded"}')
+            for name in ('whole', 'sharded')}
+    assert run('cb_train.py', *arguments)[0] == 0
+    want, merged = records_of(tmp_path / 'out'), tensors_of(tmp_path / 'out')
+    for name, process in ends.items():
+        out = tmp_path / name
+        assert process.wait(120) == 0, open(f'{out}.stderr').read()[-2000:]
+        found = records_of(out)
+        assert len(found) == len(want) == 4 and all(a == pytest.approx(b, rel=1e-5) for a, b in zip(found, want))
+        ours, theirs = (load_file(f'{folder}/adapter/adapter_model.safetensors') for folder in (out, tmp_path / 'out'))
+        assert ours.keys() == theirs.keys() and all(torch.allclose(ours[key], theirs[key], rtol=0, atol=1e-5) for key in theirs)
+        assert all(torch.allclose(tensor, merged[key], rtol=0, atol=1e-5) for key, tensor in tensors_of(out).items())
+        assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / 'out')) and not os.path.exists(f'{out}.partial')
+        assert len(said(out, 'stdout')) == 4 and not said(out)  # rank 0 speaks for all
+
+
+def rank_of(process):
+    """The process ids of torchrun's ranks: {rank: id}."""
+    children = open(f'/proc/{process.pid}/task/{process.pid}/children').read().split()
+    found = {child: dict(entry.partition('=')[::2] for entry in open(f'/proc/{child}/environ').read().split('\0')) for child in children}
+    return {int(names['RANK']): int(child) for child, names in found.items() if 'RANK' in names}
+
+
+def wait_for_steps(process, out, more):
+    """Waits until a run has logged so many more steps than it had."""
+    log = f'{out}.partial/log.jsonl'
+    steps = lambda: open(log).read().count('\n') if os.path.exists(log) else 0
+    before = steps()
+    while steps() < before + more:
+        assert process.poll() is None, open(f'{out}.stderr').read()[-2000:]
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds the ranks in /proc')
+def test_a_run_whose_rank_is_killed_and_that_is_stopped_by_a_signal_ends_at_once_and_resumes_to_the_same_bytes(arguments, tmp_path):
+    arguments = [*arguments, '--max_steps=100', '--save_interval=5', '--eval_interval=40']
+    out, whole = tmp_path / 'out', torchrun(2, *arguments, f'--output_dir={tmp_path / "whole"}')
+    process = torchrun(2, *arguments, '--fsdp=True')
+    wait_for_steps(process, out, 8)
+    os.kill(rank_of(process)[1], signal.SIGKILL)
+    assert process.wait(20) == 1 and len(said(out)) == 1 and said(out)[0].startswith('fault: rank 0: lost another rank'), open(f'{out}.stderr').read()
+    saved = cb_train.read_checkpoint(str(out) + '.partial/' + cb_train.CHECKPOINT, {'options': AnyOptions(), 'rows': Any(), 'base': Any()})[0]
+    assert saved['step'] >= 5
+
+    process = torchrun(2, *arguments, '--resume=True')
+    wait_for_steps(process, out, 3)
+    process.terminate()
+    assert process.wait(20) == 1 and len(said(out)) == 1 and said(out)[0].startswith('SIGTERM: step ') and '--resume=True' in said(out)[0]
+
+    process = torchrun(2, *arguments, '--resume=True')
+    assert process.wait(120) == whole.wait(120) == 0
+    assert records_of(out) == records_of(tmp_path / 'whole') and len(records_of(out)) == 100
+    ours, theirs = ((folder / 'adapter' / 'adapter_model.safetensors').read_bytes() for folder in (out, tmp_path / 'whole'))
+    assert ours == theirs
+
+
+def test_a_mistake_under_torchrun_is_said_once(arguments, tmp_path):
+    process = torchrun(2, *arguments, '--batch_size=1')
+    assert process.wait(60) == 1  # torchrun's own; that of each rank is 2
+    assert said(tmp_path / 'out') == ['error: 2 ranks and 1 rows of each set a step found, a row for each rank wanted']
+    assert 'exitcode  : 2' in open(tmp_path / 'out.stderr').read() and not (tmp_path / 'out.partial').exists()
+
+
+def test_a_resume_with_another_number_of_ranks_and_shards_without_ranks_are_refused(run, interrupted, monkeypatch):
+    status, _, err = run('cb_train.py', *interrupted, '--resume=True', '--fsdp=True')
+    assert status == 2 and err.count('\n') == 1 and 'torchrun' in err
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    status, _, err = run('cb_train.py', *interrupted, '--resume=True')
+    assert status == 2 and err.count('\n') == 1 and 'ranks=2 (was 1)' in err
+
+
+@pytest.mark.parametrize('world', [2, 3, 4, 9, 11])
+def test_ranks_share_the_rows_evenly_in_the_same_number_of_passes(ragged, world):
+    model, _, rows = ragged
+    shares = [[mask for _, mask in cb_train.passes(model, rows, 3, 18, 'cpu', rank, world)] for rank in range(world)]
+    tokens = [sum(int(mask.sum()) for mask in share) for share in shares]
+    assert sum(tokens) == cb_train.count(rows) and len({len(share) for share in shares}) == 1
+    assert max(tokens) - min(tokens) <= 9 and all(mask.numel() <= 18 and len(mask) <= 3 for share in shares for mask in share)
+
+
+@pytest.fixture
+def group():
+    """group(backend, world): makes this process rank 0 of a process group for the length of a test."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    yield lambda backend, world: dist.init_process_group(backend, store=FakeStore() if backend == 'fake' else dist.HashStore(), rank=0, world_size=world)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_sharded_blocks_have_the_same_gradients_bit_for_bit_and_fold_alike(adapted, group, checkpointing):
+    model, loras, ids, mask = adapted
+    want = losses_and_gradients(model, loras, ids, mask, checkpointing=checkpointing)
+    folded = {name: lora.base.weight + lora.delta() for name, lora in loras.items()}
+    group('gloo', 1)
+    cb_train.shard(model, 'cpu')
+    found = losses_and_gradients(model, loras, ids, mask, checkpointing=checkpointing)
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1]) and all(torch.equal(a, b) for a, b in zip(found[2], want[2]))
+    cb_train.fold(loras.values())
+    assert all(torch.equal(lora.base.weight.full_tensor(), folded[name]) for name, lora in loras.items())
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_sharded_blocks_gather_their_weights_once_for_both_streams_and_once_backward(adapted, group, monkeypatch, checkpointing):
+    import torch.distributed as dist
+    model, loras, ids, mask = adapted
+    group('fake', 2)  # sends nothing
+    cb_train.shard(model, 'cpu')
+    assert model.layers[0].mlp.up_proj.weight.to_local().shape == (24, 32) and loras['layers.0.self_attn.q_proj'].lora_A.shape == (4, 32)
+    gathers, real = [], dist.all_gather_single
+    monkeypatch.setattr(dist, 'all_gather_single', lambda *more, **named: gathers.append(1) or real(*more, **named))
+    loss, _ = cb_train.retain_pass(model, cb_train.block_inputs(model, ids), mask, loras.values(), [2], checkpointing)
+    assert len(gathers) == 3
+    loss.backward()
+    assert len(gathers) == 6

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -84,6 +85,16 @@ def test_help_prints_every_option_with_its_current_value_and_comment(script, cap
     out = capsys.readouterr().out
     assert e.value.code == 0 and 'What it does.' in out and 'numbers' in out and '--layers=[10, 20]' in out and 'a switch' in out
     assert any('--steps=3' in line and 'how many' in line for line in out.splitlines())
+
+
+def test_of_several_ranks_the_first_that_ends_has_the_last_word_and_a_fault_names_its_rank(tmp_path, monkeypatch, capsys):
+    for rank in '102':
+        monkeypatch.setenv('RANK', rank)
+        monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path / rank / 'error.json'))
+        monkeypatch.setattr('sys.__stderr__', sys.stderr)
+        configurator.fault(RuntimeError, RuntimeError('[gloo/transport/tcp/pair.cc:1] Connection closed by peer'), None)
+    err = capsys.readouterr().err
+    assert err.startswith('fault: rank 1: lost another rank') and err.count('\n') == 1
 
 
 @pytest.mark.parametrize('error, words', [
