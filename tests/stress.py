@@ -19,12 +19,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 
 import conftest
+import tqdm
 
 
 def start(arguments, room=None):
@@ -36,6 +38,8 @@ def start(arguments, room=None):
     if child:
         return child
     try:
+        tqdm.tqdm.set_lock(threading.RLock())  # its own is one semaphore of all forks: a child killed with it in hand would stop the others
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the script has its handler
         if room is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
         null = os.open(os.devnull, os.O_WRONLY)
