@@ -30,10 +30,7 @@ VARIANTS = {  # name: (what differs from config/toy.py, {w} the world's folder),
     'boundary': 'config/toy_boundary.py --retain_data_path={w}/boundary/retain.jsonl --soft_prompts_path={w}/boundary/soft_prompts.safetensors',
     'boundary without spliced rows': 'config/toy_boundary.py --retain_data_path={w}/retain_without_borderline.jsonl '
                                      '--soft_prompts_path={w}/boundary/soft_prompts.safetensors',
-    'boundary without soft prompts': 'config/toy_boundary.py --retain_data_path={w}/boundary/retain.jsonl --soft_prompts_path=',
-    'boundary, loss on all tokens': 'config/toy_boundary.py --retain_data_path={w}/boundary/retain.jsonl '
-                                    '--soft_prompts_path={w}/boundary/soft_prompts.safetensors --loss_on=all',
-    'loss on the answer alone, no borderline rows': '--retain_data_path={w}/retain_without_borderline.jsonl --loss_on=harmful_response --lora_b_std=0.02'}
+    'boundary without soft prompts': 'config/toy_boundary.py --retain_data_path={w}/boundary/retain.jsonl --soft_prompts_path='}
 
 
 def call(log, *arguments):
