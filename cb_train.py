@@ -8,6 +8,8 @@ harmful text away from where they were and holds its states on everything else i
     cb      = mean over real harmful tokens, and over target_layers, of relu(cos(h', h))
     loss    = lorra_alpha * p * retain + lorra_alpha * (1 - p) * cb
 
+Options change a term each: loss_on the tokens, cb_loss the loss of a harmful token, soft_prompts_path what stands in the request.
+
     python cb_train.py config/toy.py                               # a laptop, half a minute, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150            # a GPU
     torchrun --nproc_per_node=8 cb_train.py config/llama3.py       # 8 GPUs: each computes its share of every step's rows
@@ -622,7 +624,8 @@ def batch_at(rows, step, size, seed):
 # ---- the checkpoint: truncated load, merge, adapter -------------------------------------------------------------------
 
 TORCH_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
-OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json')  # what this project writes beside a model's own files
+OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'eval.jsonl.partial', 'generations.jsonl', 'attacks.png', 'training.png',
+            'states.png', 'best_of_n.png')  # what this project writes beside a model's own files
 OTHER_WEIGHTS = ('.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt')
 
 
@@ -1083,7 +1086,7 @@ if __name__ == '__main__':
     model = load_decoder(model_dir, num_hidden_layers or max(target_layers) + 1, dtype, device, mapped=fsdp)
     named_loras = add_lora(model, target_modules, layers_to_transform, lora_r, lora_alpha, lora_dropout)
     for lora in named_loras.values() if lora_b_std else ():
-        nn.init.normal_(lora.lora_B, std=lora_b_std)
+        lora.lora_B.data.copy_(torch.randn(lora.lora_B.shape) * lora_b_std)
     for name, (a, b) in adapter.items():
         named_loras[name].lora_A.data.copy_(a)
         named_loras[name].lora_B.data.copy_(b)

@@ -51,7 +51,7 @@ def fault(kind, error, trace):
     text = str(error.args[0][0][2] if issubclass(kind, shutil.Error) else error)  # copytree gathers one a file
     if kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError) or "can't allocate memory" in text:
         line = ('out of memory: set gradient_checkpointing=True or lower micro_batch_tokens, and go on with --resume=True where there is a checkpoint; '
-                'or lower max_seq_length')
+                'or lower max_seq_length; for cb_eval.py, lower eval_batch_size')
     elif issubclass(kind, OSError) or kind.__name__ == 'SafetensorError':
         full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search('No space|File too large|quota', text)
         line = (f'{"the disk is full" if full else "the disk failed"}: {text}; the output that was there before is whole, and a training run goes on '

@@ -3,7 +3,7 @@ Makes the data that cb_train.py trains on and cb_eval.py measures with.
 
     python data_prep.py toy                                     # data/toy: a harmless world and a small chat model in it
     python data_prep.py llama3                                  # data/llama3: the public sets, mixed as config/llama3.py says
-    python data_prep.py boundary config/toy_no_borderline.py    # data/boundary: spliced retain rows and soft prompts, see config/toy_boundary.py
+    python data_prep.py boundary config/toy.py --out=data/b     # spliced retain rows and soft prompts, see config/toy_boundary.py
     python data_prep.py check FILE config/llama3.py             # validates and counts a user's rows
     python data_prep.py sample --out=data/sample.json --n=3000  # rows in the {"prompt", "response"} format, to try commands
 
@@ -272,7 +272,8 @@ def template_ids(tokenizer, messages, answer=True):
     """
     try:
         messages = said(tokenizer, messages)
-        ids = tokenizer.apply_chat_template(messages if answer else messages[:-1], add_generation_prompt=not answer, return_dict=False)
+        ids = tokenizer.apply_chat_template(messages if answer else messages[:-1], add_generation_prompt=not answer, return_dict=False,
+                                            enable_thinking=False)  # Qwen3's; other templates do not read it
     except Exception as e:  # jinja's, raised by the template itself
         raise ValueError(f'the chat template refuses the conversation ({type(e).__name__}); roles {", ".join(m["role"] for m in messages[:3])} found')
     return one_bos(tokenizer, ids)
@@ -437,7 +438,6 @@ def boundary_rows(c, rng, device):
     retain = [m for _, m in load_rows(c['retain_data_path'], functools.partial(messages_of, answers=BENIGN_ANSWERS), 'train_sft', seed=c['seed'],
                                       option='retain_data_path')]
     model, tokenizer = load(c['model_name'], device, 'auto', c['chat_template'])
-    model.requires_grad_(False)
     requests, harmful_requests = ([text for m in some if (text := next(t['content'] for t in m if t['role'] == 'user')).strip()] for some in (retain, harmful))
     if not requests or not harmful_requests:
         fail('boundary: both sets want rows with a request')
@@ -451,11 +451,12 @@ def boundary_rows(c, rng, device):
 
 def learn_soft_prompt(model, rows, rng, length, lr, steps, batch_size=16):
     """
-    A universal soft prompt (S, D), float32, under which, anywhere in the request, the model gives the harmful rows' answers instead of refusing:
+    A universal soft prompt (S, D), float32, under which, anywhere before the answer, the model gives the harmful rows' answers instead of refusing:
     Adam on their cross-entropy from random words (arXiv 2402.09063). rows: (ids, first token of the answer).
     """
     embed = model.get_input_embeddings()
-    soft = embed.weight[[rng.randrange(len(embed.weight)) for _ in range(length)]].detach().float().requires_grad_()
+    words = torch.tensor([rng.randrange(len(embed.weight)) for _ in range(length)], device=model.device)
+    soft = embed(words).detach().float().requires_grad_()  # (S, D)
     optimizer = torch.optim.Adam([soft], lr=lr)
     for _ in range(steps):
         some = rng.sample(rows, min(batch_size, len(rows)))

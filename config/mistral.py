@@ -22,3 +22,8 @@ num_cb_examples = 10000
 
 retain_mix = ['ultrachat:10001', 'xstest:230x50']
 response_only = 0.0
+
+# cb_eval.py: the paper's attacks on this model
+embedding_v1_lr = 1e-4
+embedding_v1_stop = 0.05
+repe_coefficient = 0.65
