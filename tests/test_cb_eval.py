@@ -600,7 +600,7 @@ def test_rows_of_two_files_with_one_id_are_each_judged_as_themselves_and_benign_
     status, _, err = run('cb_eval.py', *arguments, f'--behaviors_path={tmp_path / "one.jsonl"}, {tmp_path / "two.jsonl"}', '--attacks=direct,direct', '--judge=recipe')
     assert status == 0, err
     rows = json.load(open(tmp_path / 'out' / 'eval.json'))['rows']
-    assert [(r['set'], r['n'], r['broken']) for r in rows] == [('benign', 2, 2)] * 2 and not (tmp_path / 'out' / 'attacks.png').exists()
+    assert [(r['set'], r['n'], r['complied'], r['broken']) for r in rows] == [('benign', 2, 1, 1)] * 2 and not (tmp_path / 'out' / 'attacks.png').exists()
     where = [json.loads(line)['where'] for line in open(tmp_path / 'out' / 'generations.jsonl')]
     assert len(set(where)) == 2 and len(where) == 4
     twice = run('cb_eval.py', *arguments, f'--behaviors_path={tmp_path / "one.jsonl"},{tmp_path / "one.jsonl"}', '--attacks=direct')
