@@ -28,8 +28,6 @@ VARIANTS = {  # name: (what differs from config/toy.py, {w} the world's folder),
     'rank 4': '--lora_r=4 --lora_alpha=4',
     'rank 64': '--lora_r=64 --lora_alpha=64',
     'boundary': 'config/toy_boundary.py --retain_data_path={w}/boundary/retain.jsonl --soft_prompts_path={w}/boundary/soft_prompts.safetensors',
-    'boundary without spliced rows': 'config/toy_boundary.py --retain_data_path={w}/retain_without_borderline.jsonl '
-                                     '--soft_prompts_path={w}/boundary/soft_prompts.safetensors',
     'boundary without soft prompts': 'config/toy_boundary.py --retain_data_path={w}/boundary/retain.jsonl --soft_prompts_path='}
 
 
