@@ -141,8 +141,8 @@ def behavior_of(row, name):
     """
     A row of any known set as {id, label, split, messages, target, response, context, behavior, turns}; `name`, of the file or hub set,
     decides the label where the columns cannot. behavior is the bare request, as a judge reads it; turns are a user's texts, in a row
-    that holds several. None for HarmBench's copyright
-    rows, which are scored by hashes of the books (the published tables leave them out too: 240 of 320 behaviours).
+    that holds several. None for HarmBench's copyright rows, which are scored by hashes of the books (the published tables leave
+    them out too: 240 of 320 behaviours).
     ValueError says what is wrong. The shapes are recognised by their columns, each below under its name.
     """
     if not isinstance(row, dict):
@@ -540,7 +540,7 @@ def run_attack(name, model, tokenizer, rows, c, data):
                    for i, m in enumerate(messages)]
         messages = regenerated(answer, tokenizer, [row['turns'] or script for row, script in zip(rows, scripts)])
     if name in ASKED:
-        return {name: ask(messages, targets if name.endswith('prefill') else [''] * len(rows))}
+        return {name: ask(messages, targets) if name.endswith('prefill') else ask(messages)}
     if name.startswith('embedding'):
         start, signed, answers = (c['suffix_start'], False, 1) if name == 'embedding_v1' else (c['suffix_words'], True, c['embedding_answers'])
         return {name: embedding(model, tokenizer, rows, start, c[f'{name}_lr'], c[f'{name}_stop'], c['embedding_steps'], signed, answers, answer,
@@ -1040,7 +1040,7 @@ if __name__ == '__main__':
 
     # every attack on both models; a line is written as soon as one is finished, so that a stopped run can go on
     partial = os.path.join(output_dir, 'eval.jsonl.partial')
-    later = ('attacks', 'judge', 'judge_model', 'show', 'prompt', 'device', 'resume', 'eval_batch_size')
+    later = ('attacks', 'judge', 'judge_model', 'show', 'device', 'resume', 'eval_batch_size')
     header = {'options': {name: value for name, value in config.items() if name not in later},
               'rows': hashlib.sha256(json.dumps([rows, data, val]).encode()).hexdigest(),
               'models': [[path, *((name, os.stat(os.path.join(path, name)).st_size, os.stat(os.path.join(path, name)).st_mtime_ns) for name in sorted(os.listdir(path))
