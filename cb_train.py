@@ -476,6 +476,7 @@ def coefficients(step, lorra_alpha, schedule_steps):
 
 
 Row = collections.namedtuple('Row', 'ids start where', defaults=('',))  # its tokens, the first of them that the losses count, FILE: row N
+Work = collections.namedtuple('Work', 'name run rows soft batches coeff divisor tokens')  # one set's part of a step
 
 
 def labelled(row):
@@ -1170,23 +1171,24 @@ if __name__ == '__main__':
             divisor = tokens = count(batch)
             if name == 'retain' and retain_divisor == 'published':  # every position, pads too, and the embedding as one more state
                 divisor = rows_a_step * max_seq_length * (len(model.layers) + 1) / len(model.layers)
-            work.append((name, run, batch, soft, list(passes(model, batch, batch_size, pass_tokens, device, rank, world, soft)), coeff, divisor, tokens))
+            batches = list(passes(model, batch, batch_size, pass_tokens, device, rank, world, soft))
+            work.append(Work(name, run, batch, soft, batches, coeff, divisor, tokens))
 
         # forward and backward; nothing waits for the device before the one read at the end
-        sums = [add_gradient(run, model, batches, loras, target_layers, coeff / divisor, checkpointing) for _, run, _, _, batches, coeff, divisor, _ in work]
+        sums = [add_gradient(w.run, model, w.batches, loras, target_layers, w.coeff / w.divisor, checkpointing) for w in work]
         flat[-6:-2] = torch.stack([*sums[0], *sums[1]])
         flat[-2:] = torch.tensor([float(number in stopped) for number in (signal.SIGINT, signal.SIGTERM)])
         summed(flat)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         *sums, interrupted, terminated, record['grad_norm'] = torch.cat([flat[-6:], grad_norm.view(1)]).tolist()
-        for (name, _, _, _, _, coeff, divisor, tokens), loss_sum, cos_sum in zip(work, sums[::2], sums[1::2]):
-            record |= {f'{name}_loss': loss_sum / divisor, f'{name}_coeff': coeff, f'{name}_cos': cos_sum / tokens}
-            record['loss'] += coeff * record[f'{name}_loss']
-            state['tokens'] += tokens
+        for w, loss_sum, cos_sum in zip(work, sums[::2], sums[1::2]):
+            record |= {f'{w.name}_loss': loss_sum / w.divisor, f'{w.name}_coeff': w.coeff, f'{w.name}_cos': cos_sum / w.tokens}
+            record['loss'] += w.coeff * record[f'{w.name}_loss']
+            state['tokens'] += w.tokens
         if not math.isfinite(record['loss'] + record['grad_norm']):
             with torch.no_grad():
-                bad = [row.where for _, run, batch, soft, *_ in work for row in batch
-                       if not math.isfinite(run(model, *next(passes(model, [row], 1, 1, device, soft=soft)), loras, target_layers)[0])]
+                bad = [row.where for w in work for row in w.rows
+                       if not math.isfinite(w.run(model, *next(passes(model, [row], 1, 1, device, soft=w.soft)), loras, target_layers)[0])]
             last_word(f'fault: step {step}: retain_loss {record["retain_loss"]}, cb_loss {record["cb_loss"]}, grad_norm {record["grad_norm"]}: '
                       f'stopped before the optimizer step; {"rows: " + ", ".join(bad) if bad else "no single row alone does it"}; the checkpoint of step '
                       f'{state["step"]} is kept; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16')
