@@ -213,8 +213,9 @@ def fold(loras):
 
 
 @contextlib.contextmanager
-def adapter_off(loras):
-    """Inside, the model is its own frozen reference: no second copy in memory."""
+def adapter_off(module):
+    """Inside, a model or a block is its own frozen reference: no second copy in memory."""
+    loras = [part for part in module.modules() if isinstance(part, LoRALinear)]
     for lora in loras:
         lora.enabled = False
     try:
@@ -288,7 +289,7 @@ def block_inputs(model, ids, soft=None):
     return calls[0][0], [kwargs for _, kwargs in calls]
 
 
-def streams(model, inputs, loras, last, checkpointing=False):
+def streams(model, inputs, last, checkpointing=False):
     """
     Runs the first `last` blocks twice, side by side: without the adapter and without gradient (h), and with it (h').
     inputs: what block_inputs gives. Yields (l, h, h') after l = 1..last blocks, each state (B, T, D); l = all blocks is taken
@@ -299,7 +300,7 @@ def streams(model, inputs, loras, last, checkpointing=False):
     for l, block in enumerate(model.layers[:last], 1):
         drop_weights = getattr(block, 'set_reshard_after_forward', lambda drop: None)
         drop_weights(False)  # a sharded block gathers them once for both streams
-        with torch.no_grad(), adapter_off(loras):
+        with torch.no_grad(), adapter_off(block):
             h = block(h, **arguments[l - 1])
         drop_weights(True)
         if checkpointing:
@@ -344,10 +345,10 @@ def farthest(theirs, ours):
     return max((((b.float() - a.float()).norm()) / a.float().norm()).item() for a, b in zip(theirs, ours))
 
 
-def retain_pass(model, inputs, mask, loras, target_layers, checkpointing=False):
+def retain_pass(model, inputs, mask, target_layers, checkpointing=False):
     """inputs of rows (B, T), their mask -> the sum over real tokens of: the mean distance over all L states; the mean cosine at target_layers."""
     loss, cos = 0, 0
-    for l, h, h_lora in streams(model, inputs, loras, len(model.layers), checkpointing):
+    for l, h, h_lora in streams(model, inputs, len(model.layers), checkpointing):
         loss = loss + Distance.apply(h, h_lora, mask) / len(model.layers)
         if l in target_layers:
             cos = cos + cosine(h, h_lora.detach(), mask).sum() / len(target_layers)
@@ -364,13 +365,13 @@ def towards(cb_loss, u, rmu_norm=0.0):
     return lambda h_lora: (h_lora.float() - rmu_norm * u).square().mean(-1)
 
 
-def cb_pass(model, inputs, mask, loras, target_layers, checkpointing=False, token_loss=None):
+def cb_pass(model, inputs, mask, target_layers, checkpointing=False, token_loss=None):
     """
     inputs of rows (B, T), their mask -> the sum over real tokens of the mean over target_layers of: relu(cosine), or
     token_loss(h'); cosine.
     """
     loss, cos = 0, 0
-    for l, h, h_lora in streams(model, inputs, loras, max(target_layers), checkpointing):
+    for l, h, h_lora in streams(model, inputs, max(target_layers), checkpointing):
         if l in target_layers:
             c = cosine(h, h_lora, mask)  # (B, T)
             loss = loss + (token_loss(h_lora) * mask if token_loss else c.relu()).sum() / len(target_layers)
@@ -397,20 +398,20 @@ def passes(model, rows, batch_size, micro_batch_tokens, device, rank=0, world=1,
         yield block_inputs(model, ids, soft), mask
 
 
-def add_gradient(run, model, batches, loras, target_layers, weight, checkpointing=False):
+def add_gradient(run, model, batches, target_layers, weight, checkpointing=False):
     """
     Adds the gradient of weight times the loss, summed over all `batches` (inputs, mask); one pass's graph is alive at a time.
     run: retain_pass or cb_pass. Returns the sums of loss and cosine, as tensors: nothing waits for the device.
     """
     loss_sum, cos_sum = 0, 0
     for inputs, mask in batches:
-        loss, cos = run(model, inputs, mask, loras, target_layers, checkpointing)
+        loss, cos = run(model, inputs, mask, target_layers, checkpointing)
         (weight * loss).backward()
         loss_sum, cos_sum = loss_sum + loss.detach(), cos_sum + cos
     return loss_sum, cos_sum
 
 
-def bytes_kept(model, ids, loras):
+def bytes_kept(model, ids):
     """What the backward pass of retain_pass keeps of each token, in bytes, without checkpointing: counted on ids (B, T) as autograd keeps it."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -418,7 +419,7 @@ def bytes_kept(model, ids, loras):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
     with torch.random.fork_rng([ids.device] if ids.is_cuda else []), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        graph = retain_pass(model, block_inputs(model, ids), torch.ones(ids.shape, device=ids.device), loras, [])  # alive: no address comes twice
+        graph = retain_pass(model, block_inputs(model, ids), torch.ones(ids.shape, device=ids.device), [])  # alive: no address comes twice
     return sum(size for address, size in kept.items() if address not in weights) / ids.numel()
 
 
@@ -434,7 +435,7 @@ def memory_at_hand(device):
     return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
 
 
-def plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing):
+def plan(model, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing):
     """
     What a pass may hold and whether its blocks are computed again in the backward pass: (tokens, True or False, why). 'auto' does
     that where the graph of the largest pass would take more than half of the memory at hand. longest: tokens of the longest row.
@@ -445,7 +446,7 @@ def plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_
         return tokens, gradient_checkpointing == 'True', 'as the option says'
     if hasattr(model.layers[0], 'unshard'):
         return tokens, True, 'the model is sharded'
-    need, free = bytes_kept(model, probe, loras) * max(longest, min(tokens, longest * batch_size)), memory_at_hand(device)
+    need, free = bytes_kept(model, probe) * max(longest, min(tokens, longest * batch_size)), memory_at_hand(device)
     return tokens, need > free / 2, f'the graph of the largest pass takes {need / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are at hand'
 
 
@@ -456,7 +457,7 @@ def validate(model, rows, loras, target_layers, batch_size, micro_batch_tokens, 
         lora.eval()
     means = {}
     for name, run, some in (('retain', retain_pass, rows['benign']), ('cb', run_cb, rows['harmful'])):
-        sums = [run(model, *batch, loras, target_layers) for batch in passes(model, some, batch_size, micro_batch_tokens, device, rank, world)]
+        sums = [run(model, *batch, target_layers) for batch in passes(model, some, batch_size, micro_batch_tokens, device, rank, world)]
         sums = summed(torch.tensor([float(sum(column)) for column in zip(*sums)], dtype=torch.float64)) / count(some)
         means[f'val_{name}_loss'], means[f'val_{name}_cos'] = sums.tolist()
     for lora in loras:
@@ -1107,14 +1108,14 @@ if __name__ == '__main__':
 
     # our own walk through the blocks must be the library's, bit for bit (within rounding where a GPU picks another kernel)
     probe = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.no_grad(), adapter_off(loras):
-        off = farthest(states(model, probe), [h for _, h, _ in streams(model, block_inputs(model, probe), loras, len(model.layers))])
+    with torch.no_grad(), adapter_off(model):
+        off = farthest(states(model, probe), [h for _, h, _ in streams(model, block_inputs(model, probe), len(model.layers))])
     if not off <= (1e-5 if model.dtype == torch.float32 else 2e-2):
         fail(f'{model_dir}: {type(model).__name__} computes its blocks in another way than this script (relative difference {off:.1e})')
 
     if not merge_only:
         longest = max(len(row.ids) for rows in sets.values() for row in rows) + (len(soft_prompts[0]) if soft_prompts_path else 0)
-        pass_tokens, checkpointing, why = plan(model, loras, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing)
+        pass_tokens, checkpointing, why = plan(model, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing)
 
     # the output directory is ours from here on, as soon as every rank has seen it: emptied, or cut back to the checkpoint
     summed(torch.zeros(1))
@@ -1175,7 +1176,7 @@ if __name__ == '__main__':
             work.append(Work(name, run, batch, soft, batches, coeff, divisor, tokens))
 
         # forward and backward; nothing waits for the device before the one read at the end
-        sums = [add_gradient(w.run, model, w.batches, loras, target_layers, w.coeff / w.divisor, checkpointing) for w in work]
+        sums = [add_gradient(w.run, model, w.batches, target_layers, w.coeff / w.divisor, checkpointing) for w in work]
         flat[-6:-2] = torch.stack([*sums[0], *sums[1]])
         flat[-2:] = torch.tensor([float(number in stopped) for number in (signal.SIGINT, signal.SIGTERM)])
         summed(flat)
@@ -1188,7 +1189,7 @@ if __name__ == '__main__':
         if not math.isfinite(record['loss'] + record['grad_norm']):
             with torch.no_grad():
                 bad = [row.where for w in work for row in w.rows
-                       if not math.isfinite(w.run(model, *next(passes(model, [row], 1, 1, device, soft=w.soft)), loras, target_layers)[0])]
+                       if not math.isfinite(w.run(model, *next(passes(model, [row], 1, 1, device, soft=w.soft)), target_layers)[0])]
             last_word(f'fault: step {step}: retain_loss {record["retain_loss"]}, cb_loss {record["cb_loss"]}, grad_norm {record["grad_norm"]}: '
                       f'stopped before the optimizer step; {"rows: " + ", ".join(bad) if bad else "no single row alone does it"}; the checkpoint of step '
                       f'{state["step"]} is kept; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16')

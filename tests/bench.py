@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # or a busy neighbour on the same cores costs whole seconds
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
@@ -145,12 +144,12 @@ def ours(shape, rows, device, dropout=LORA['dropout'], source=None):
     parameters = [p for lora in loras for p in (lora.lora_A, lora.lora_B)]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     probe = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(0)).to(device)
-    tokens, checkpointing, _ = cb_train.plan(model, loras, probe, max(len(row.ids) for row in rows[0]), count, 0, 'auto')
+    tokens, checkpointing, _ = cb_train.plan(model, probe, max(len(row.ids) for row in rows[0]), count, 0, 'auto')
 
     def step(update=True):
         work = [(run, list(cb_train.passes(model, batch, count, tokens, device)), cb_train.count(batch))
                 for run, batch in zip((cb_train.retain_pass, cb_train.cb_pass), rows)]
-        sums = [cb_train.add_gradient(run, model, batches, loras, targets, WEIGHT / real, checkpointing)[0] / real for run, batches, real in work]
+        sums = [cb_train.add_gradient(run, model, batches, targets, WEIGHT / real, checkpointing)[0] / real for run, batches, real in work]
         if update:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -41,8 +41,8 @@ def adapted(model_dir):
 
 def losses_and_gradients(model, loras, ids, mask, **more):
     inputs = cb_train.block_inputs(model, ids)
-    retain, _ = cb_train.retain_pass(model, inputs, mask, loras.values(), [2], **more)
-    cb, _ = cb_train.cb_pass(model, inputs, mask, loras.values(), [2], **more)
+    retain, _ = cb_train.retain_pass(model, inputs, mask, [2], **more)
+    cb, _ = cb_train.cb_pass(model, inputs, mask, [2], **more)
     parameters = [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
     return retain, cb, torch.autograd.grad(3 * retain / mask.sum() + 7 * cb / mask.sum(), parameters)
 
@@ -103,7 +103,7 @@ def plain_sums(model, loras, rows, target_layers):
     retain, cb = 0, 0
     for row in rows:
         run = lambda: model(torch.tensor([row.ids]), output_hidden_states=True, use_cache=False).hidden_states
-        with torch.no_grad(), cb_train.adapter_off(loras.values()):
+        with torch.no_grad(), cb_train.adapter_off(model):
             h = run()
         h_lora = run()
         retain = retain + sum((b - a).norm(dim=-1)[0, row.start:].sum() for a, b in zip(h[1:], h_lora[1:])) / (len(h) - 1)
@@ -118,7 +118,7 @@ def test_any_split_of_a_step_gives_the_losses_and_gradients_of_a_plain_loop_over
     want = plain_sums(model, loras, rows, [1, 2])
     for run, loss in zip((cb_train.retain_pass, cb_train.cb_pass), want):
         batches = cb_train.passes(model, rows, batch_size, tokens, 'cpu')
-        found, _ = cb_train.add_gradient(run, model, batches, loras.values(), [1, 2], 0.3, checkpointing)
+        found, _ = cb_train.add_gradient(run, model, batches, [1, 2], 0.3, checkpointing)
         assert close(found, loss, 1e-5)
         for parameter, gradient in zip(parameters, torch.autograd.grad(0.3 * loss, parameters, retain_graph=True, materialize_grads=True)):
             assert close(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, gradient, 1e-5)
@@ -147,11 +147,11 @@ def test_a_soft_prompt_stands_anywhere_in_the_request_and_the_states_are_transfo
     places = [row.ids.index(-1) for row in found]
     assert all(found[i].ids == rows[i].ids[:at] + [-1] * 3 + rows[i].ids[at:] and 1 <= at <= 2 for i, at in enumerate(places))
     assert {cb_train.opened(rows[0], 1, lot).ids.index(-1) for _ in range(20)} == {1, 2}
-    ours = [h for _, h, _ in cb_train.streams(model, cb_train.block_inputs(model, ids, soft), loras.values(), 3)]
+    ours = [h for _, h, _ in cb_train.streams(model, cb_train.block_inputs(model, ids, soft), 3)]
     for i, row in enumerate(rows):
         embedded = model.embed_tokens(torch.tensor(row.ids))
         x = torch.cat([embedded[:places[i]], soft, embedded[places[i]:]])[None]
-        with torch.no_grad(), cb_train.adapter_off(loras.values()):
+        with torch.no_grad(), cb_train.adapter_off(model):
             want = model(inputs_embeds=x, output_hidden_states=True, use_cache=False).hidden_states[1:]
         assert all(torch.allclose(a[i, :x.shape[1]], b[0], atol=1e-5) for a, b in zip(ours, want))
 
@@ -198,7 +198,7 @@ def test_the_step_reads_nothing_back_from_the_device(ragged):
     batches = list(cb_train.passes(model, rows, 2, 64, 'cpu'))
     with Calls() as calls:
         for run in (cb_train.retain_pass, cb_train.cb_pass):
-            cb_train.add_gradient(run, model, batches, loras.values(), [1, 2], 0.3)
+            cb_train.add_gradient(run, model, batches, [1, 2], 0.3)
     assert 'aten::mm' in calls.names and not {'aten::_local_scalar_dense', 'aten::is_nonzero', 'aten::nonzero', 'aten::equal'} & set(calls.names)
 
 
@@ -230,7 +230,7 @@ def test_what_the_backward_pass_keeps_is_counted_without_touching_the_random_num
     for lora in loras.values():
         lora.dropout = 0.5
     before = torch.get_rng_state()
-    found = cb_train.bytes_kept(model, torch.arange(64).view(2, 32) % 20, loras.values())
+    found = cb_train.bytes_kept(model, torch.arange(64).view(2, 32) % 20)
     assert torch.equal(before, torch.get_rng_state())
     floats = 2 * 32 + 3 * 48 + 32 + 64 + 3 * 32 + 4 * 4  # two norms' inputs; gate, up, silu; q k v's input; q k v; attention, o's input, distance; A x
     assert 3 * 4 * floats <= found <= 1.5 * 3 * 4 * floats
@@ -241,12 +241,12 @@ def test_auto_computes_blocks_again_where_the_largest_pass_would_take_more_than_
     model, loras, _ = ragged
     monkeypatch.setattr(cb_train, 'memory_at_hand', lambda device: free)
     probe = torch.arange(64).view(2, 32) % 20
-    tokens, checkpointing, _ = cb_train.plan(model, loras.values(), probe, 9, 4, 20, choice)
+    tokens, checkpointing, _ = cb_train.plan(model, probe, 9, 4, 20, choice)
     assert (tokens, checkpointing) == (20, want)
-    most = 2 * 20 * cb_train.bytes_kept(model, probe, loras.values())  # of which 20 tokens are just half
+    most = 2 * 20 * cb_train.bytes_kept(model, probe)  # of which 20 tokens are just half
     monkeypatch.setattr(cb_train, 'memory_at_hand', lambda device: most + 1)
-    assert not cb_train.plan(model, loras.values(), probe, 9, 4, 20, 'auto')[1]
-    assert cb_train.plan(model, loras.values(), probe, 21, 4, 20, 'auto')[1]
+    assert not cb_train.plan(model, probe, 9, 4, 20, 'auto')[1]
+    assert cb_train.plan(model, probe, 21, 4, 20, 'auto')[1]
 
 
 def test_checkpointing_by_choice_or_by_memory_and_the_seed_give_the_same_bytes(run, arguments, tmp_path):
@@ -262,7 +262,7 @@ def test_with_the_adapter_off_the_streams_are_the_librarys_hidden_states_bit_for
     model, loras, ids, mask = adapted
     whole = AutoModelForCausalLM.from_pretrained(model_dir)
     want = whole(ids, output_hidden_states=True).hidden_states
-    for l, h, h_lora in cb_train.streams(model, cb_train.block_inputs(model, ids), loras.values(), 3):
+    for l, h, h_lora in cb_train.streams(model, cb_train.block_inputs(model, ids), 3):
         assert not torch.equal(h, h_lora)
         assert torch.equal(h, want[l]) if l < 3 else torch.equal(h, whole.model.norm(want[3]))
     assert all(lora.enabled for lora in loras.values())
@@ -381,7 +381,7 @@ def test_a_family_walks_as_transformers_does_learns_and_merges_as_peft_does(run,
     ids = torch.tensor([[2, 4, 7, 8, 9, 3, 5, 10, 11, 12, 13, 3]])
     with torch.no_grad():
         want = whole(ids, output_hidden_states=True, use_cache=False).hidden_states
-        for (l, h, _), other in zip(cb_train.streams(model, cb_train.block_inputs(model, ids), loras.values(), 2), want[1:]):
+        for (l, h, _), other in zip(cb_train.streams(model, cb_train.block_inputs(model, ids), 2), want[1:]):
             assert torch.equal(h, other)
 
     start = peft_adapter(tmp_path / 'start', base, modules)
@@ -857,7 +857,7 @@ def test_sharded_blocks_gather_their_weights_once_for_both_streams_and_once_back
     assert model.layers[0].mlp.up_proj.weight.to_local().shape == (24, 32) and loras['layers.0.self_attn.q_proj'].lora_A.shape == (4, 32)
     gathers, real = [], dist.all_gather_single
     monkeypatch.setattr(dist, 'all_gather_single', lambda *more, **named: gathers.append(1) or real(*more, **named))
-    loss, _ = cb_train.retain_pass(model, cb_train.block_inputs(model, ids), mask, loras.values(), [2], checkpointing)
+    loss, _ = cb_train.retain_pass(model, cb_train.block_inputs(model, ids), mask, [2], checkpointing)
     assert len(gathers) == 3
     loss.backward()
     assert len(gathers) == 6
