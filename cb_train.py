@@ -24,10 +24,11 @@ with checkpoint.safetensors to resume from. Exit status: 0 merged, reloaded and 
 
 target_layers index transformers' tuple of hidden states, as in the published code: l is the state after l blocks, 0 the embedding.
 Differs from the published code (commit c0e1b05): the retain loss is divided by the real tokens and leaves the embedding out
-(retain_divisor = 'published' undoes that); the schedule ticks once an optimizer step; rows are right-padded and pass through
+(retain_divisor = 'published' undoes that); the schedule ticks once an optimizer step; rows are packed without pads and pass through
 the tokenizer's own chat template; the merge adds in float32.
 
-Shapes: B rows, T tokens of a row, D width, L hidden states compared, V vocabulary. Masks are (B, T), 1 = counts.
+Shapes: B rows, T tokens of a row, D width, L hidden states compared, V vocabulary. A pass through the blocks is one row to them: the rows
+that it takes stand in it one after the other, so there B = 1 and T counts the tokens of all. Masks are (B, T), 1 = counts.
 """
 import array
 import collections
@@ -39,6 +40,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -62,7 +64,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig, AutoModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from configurator import configure, fail, fault, last_word
 from data_prep import BENIGN_ANSWERS, HARMFUL_ANSWERS, hub_trouble, load_rows, load_tokenizer, messages_of, numbered_rows, template_ids
@@ -95,7 +98,7 @@ layers_to_transform = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16,
 max_steps = 150                    # optimizer steps
 batch_size = 4                     # rows of each set in a pass, at most
 gradient_accumulation_steps = 1    # a step has so many times batch_size rows of each set
-micro_batch_tokens = 0             # tokens of a pass, pads too, at most, or one row: memory against speed [0 = 384 on a CPU, 2048 elsewhere]
+micro_batch_tokens = 0             # tokens of a pass, at most, or one row: memory against speed [0 = 512 on a CPU, 2048 elsewhere]
 learning_rate = 1e-4               # constant
 weight_decay = 0.0
 max_grad_norm = 1.0                # the gradient is clipped to this norm
@@ -258,31 +261,51 @@ def visit(model, device):
 # ---- the two streams and the two losses -------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def block_inputs(model, ids, soft=None):
+def packed_attention(module, q, k, v, mask, lengths=None, sliding_window=None, **kwargs):
     """
-    What transformers hands to its blocks: the first one's input (B, T, D) and every block's keyword arguments. Embedding scale,
-    rotary angles and masks are thus the family's own. Rows are right-padded and attention is causal: real tokens never see a
-    pad, so no padding mask is given, and full attention needs none at all. Nothing is computed: the blocks only listen, in place of
-    their whole call, or FSDP's hooks would gather their weights. Positions are left out: the rotary angles hold them, and flash
-    attention would read them back in every block to look for packed rows.
+    Attention of packed rows by transformers' interface: q (B, heads, T, d), k and v (B, key heads, T, d) -> (B, T, heads, d), None. torch's
+    kernel gets each row by itself, so nothing is computed between two rows, and causal, so it needs no mask but for a row longer
+    than a sliding window. lengths: of the rows along T [None = one]; mask is never given.
+    """
+    heads = []
+    for part in zip(*(x.split(lengths or x.shape[2], 2) for x in (q, k, v))):
+        T, window = part[0].shape[2], None
+        if sliding_window and T > sliding_window:
+            window = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+        heads.append(sdpa_attention_forward(module, *part, window, **kwargs)[0])
+    return torch.cat(heads, 1), None
+
+
+AttentionInterface.register('packed', packed_attention)
+
+
+@torch.no_grad()
+def block_inputs(model, ids, lengths, soft=None):
+    """
+    What transformers hands to its blocks for packed rows, ids (1, T) and the lengths of the rows in it: the first block's input (1, T, D)
+    and every block's keyword arguments, in which each row has its own positions. Embedding scale, rotary angles and the masks of
+    families without torch's attention are thus their own; packed_attention and flash attention get the lengths instead. Nothing is
+    computed: the blocks only listen, in place of their whole call, or FSDP's hooks would gather their weights. Positions are left out:
+    the rotary angles hold them, and flash attention would read them back from the device in every block.
     soft (S, D): embeddings for the S places of each row where ids are -1 (see opened).
     """
-    calls = []
+    calls, ends = [], torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(ids.device, non_blocking=True)
+    flash = {'cu_seq_lens_q': ends, 'cu_seq_lens_k': ends, 'max_length_q': max(lengths), 'max_length_k': max(lengths)}
 
     def listen(h, **kwargs):
-        calls.append((h, {**kwargs, 'position_ids': None}))
+        calls.append((h, {**kwargs, 'position_ids': None, 'lengths': lengths, **flash}))
         return h
 
+    positions = torch.tensor([[i for n in lengths for i in range(n)]]).to(ids.device, non_blocking=True)  # (1, T)
     for block in model.layers:
         block._call_impl = listen
     try:
         if soft is None:
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, position_ids=positions, use_cache=False)
         else:
-            x = model.get_input_embeddings()(ids.clamp(min=0))  # (B, T, D)
-            x[ids < 0] = soft.to(x.dtype).repeat(len(ids), 1)
-            model(inputs_embeds=x, use_cache=False)
+            x = model.get_input_embeddings()(ids.clamp(min=0))  # (1, T, D)
+            x[ids < 0] = soft.to(x.dtype).repeat(len(lengths), 1)
+            model(inputs_embeds=x, position_ids=positions, use_cache=False)
     finally:
         for block in model.layers:
             del block._call_impl
@@ -381,21 +404,23 @@ def cb_pass(model, inputs, mask, target_layers, checkpointing=False, token_loss=
 
 def passes(model, rows, batch_size, micro_batch_tokens, device, rank=0, world=1, soft=None):
     """
-    Splits rows into passes by length, the longest first, so that few pads are computed: each at most batch_size rows and
-    micro_batch_tokens tokens with its pads, or one row. Yields (inputs, mask) of each, as retain_pass and cb_pass want them.
+    Splits rows into passes, the longest rows first: each of at most batch_size rows and micro_batch_tokens tokens, or of one row.
+    Yields (inputs, mask) of each, as retain_pass and cb_pass want them.
     Of many ranks each gets one of every `world` rows, dealt there and back so that their tokens are about equal. All have the same
     number of passes, which FSDP needs: a rank without a row in one computes a token that does not count. soft: as in
     block_inputs.
     """
     rows, batches = sorted(rows, key=lambda row: -len(row.ids)), []
     for i in range(0, len(rows), world):  # a row for each rank
-        if not batches or len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * longest > micro_batch_tokens:
-            longest, batches = len(rows[i].ids), [*batches, []]
+        longest = len(rows[i].ids)
+        if not batches or len(batches[-1]) == batch_size or tokens + longest > micro_batch_tokens:
+            tokens, batches = 0, [*batches, []]
+        tokens += longest
         batches[-1].append(rows[i:i + world][::(-1) ** (i // world)])
     for batch in batches:
         places = 0 if soft is None else len(soft)
-        ids, mask = collate([dealt[rank] for dealt in batch if rank < len(dealt)] or [Row([0] + [-1] * places, 1 + places)], device)  # (B, T)
-        yield block_inputs(model, ids, soft), mask
+        ids, mask, lengths = pack([dealt[rank] for dealt in batch if rank < len(dealt)] or [Row([0] + [-1] * places, 1 + places)], device)
+        yield block_inputs(model, ids, lengths, soft), mask
 
 
 def add_gradient(run, model, batches, target_layers, weight, checkpointing=False):
@@ -412,14 +437,15 @@ def add_gradient(run, model, batches, target_layers, weight, checkpointing=False
 
 
 def bytes_kept(model, ids):
-    """What the backward pass of retain_pass keeps of each token, in bytes, without checkpointing: counted on ids (B, T) as autograd keeps it."""
+    """What the backward pass of retain_pass keeps of each token, in bytes, without checkpointing: counted on rows ids (B, T) as autograd keeps it."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
     with torch.random.fork_rng([ids.device] if ids.is_cuda else []), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        graph = retain_pass(model, block_inputs(model, ids), torch.ones(ids.shape, device=ids.device), [])  # alive: no address comes twice
+        inputs = block_inputs(model, ids.view(1, -1), [ids.shape[1]] * len(ids))
+        graph = retain_pass(model, inputs, torch.ones(1, ids.numel(), device=ids.device), [])  # alive: no address comes twice
     return sum(size for address, size in kept.items() if address not in weights) / ids.numel()
 
 
@@ -441,7 +467,7 @@ def plan(model, probe, longest, batch_size, micro_batch_tokens, gradient_checkpo
     that where the graph of the largest pass would take more than half of the memory at hand. longest: tokens of the longest row.
     """
     device = str(probe.device)
-    tokens = micro_batch_tokens or (384 if device == 'cpu' else 2048)
+    tokens = micro_batch_tokens or (512 if device == 'cpu' else 2048)
     if gradient_checkpointing != 'auto':
         return tokens, gradient_checkpointing == 'True', 'as the option says'
     if hasattr(model.layers[0], 'unshard'):
@@ -604,12 +630,11 @@ def opened(row, places, lot):
     return Row(row.ids[:at] + [-1] * places + row.ids[at:], row.start and row.start + places, row.where)
 
 
-def collate(rows, device):
-    """Rows, right-padded: ids (B, T) and the mask of the tokens that count (B, T). Pads are zeros: nothing reads them."""
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
-    mask = torch.tensor([[0.0] * row.start + [1.0] * (len(row.ids) - row.start) + [0.0] * (longest - len(row.ids)) for row in rows])
-    return ids.to(device, non_blocking=device.startswith('cuda')), mask.to(device, non_blocking=device.startswith('cuda'))
+def pack(rows, device):
+    """Rows one after the other: their ids (1, T), the mask of the tokens that count (1, T), and the rows' lengths."""
+    ids = torch.tensor([[token for row in rows for token in row.ids]])
+    mask = torch.tensor([[float(i >= row.start) for row in rows for i in range(len(row.ids))]])
+    return *(x.to(device, non_blocking=device.startswith('cuda')) for x in (ids, mask)), [len(row.ids) for row in rows]
 
 
 def batch_at(rows, step, size, seed):
@@ -693,7 +718,7 @@ def truncated_config(model_dir, blocks):
 
 
 def attention(dtype, device):
-    """The attention that transformers is asked for: flash-attn where it is installed and can run, or None, the library's choice (torch's)."""
+    """The attention that transformers is asked for: flash-attn where it is installed and can run, or None, the library's choice."""
     flash = dtype in ('bfloat16', 'float16') and device.startswith('cuda') and importlib.util.find_spec('flash_attn')
     return 'flash_attention_2' if flash else None
 
@@ -707,6 +732,8 @@ def load_decoder(model_dir, blocks, dtype, device, mapped=False):
     stored = str(getattr(config, 'dtype', None) if dtype == 'auto' else dtype).rpartition('.')[2]
     model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
                                               attn_implementation=attention(stored, device))
+    if model.config._attn_implementation == 'sdpa':  # torch's attention; what else a family may need reads masks or lengths by itself
+        model.set_attn_implementation('packed')
     dropped = re.compile(rf'(^|\.)(lm_head\.|layers\.({"|".join(map(str, range(blocks, total)))})\.)')
     wrong = [*report['missing_keys'], *report['mismatched_keys'], *(key for key in report['unexpected_keys'] if not dropped.search(key))]
     if wrong:
@@ -1109,7 +1136,8 @@ if __name__ == '__main__':
     # our own walk through the blocks must be the library's, bit for bit (within rounding where a GPU picks another kernel)
     probe = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad(), adapter_off(model):
-        off = farthest(states(model, probe), [h for _, h, _ in streams(model, block_inputs(model, probe), len(model.layers))])
+        packed = block_inputs(model, probe.view(1, -1), [probe.shape[1]] * len(probe))
+        off = farthest(states(model, probe), [h.view(*probe.shape, -1) for _, h, _ in streams(model, packed, len(model.layers))])
     if not off <= (1e-5 if model.dtype == torch.float32 else 2e-2):
         fail(f'{model_dir}: {type(model).__name__} computes its blocks in another way than this script (relative difference {off:.1e})')
 

@@ -136,7 +136,7 @@ def ours(shape, rows, device, dropout=LORA['dropout'], source=None):
     torch.manual_seed(0)
     dtype = 'float32' if device == 'cpu' else 'bfloat16'
     with torch.device('meta' if source else device):
-        model = AutoModel.from_config(make_config(shape, blocks), dtype=dtype, attn_implementation=cb_train.attention(dtype, device)).eval()
+        model = AutoModel.from_config(make_config(shape, blocks), dtype=dtype, attn_implementation=cb_train.attention(dtype, device) or 'packed').eval()
     if source:
         adopt(model, source)
     named = cb_train.add_lora(model, MODULES, range(blocks), LORA['r'], LORA['alpha'], dropout)

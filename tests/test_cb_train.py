@@ -29,18 +29,23 @@ def arguments(model_dir, rows, tmp_path):
 
 @pytest.fixture
 def adapted(model_dir):
-    """Three blocks of the tiny model with a LoRA whose B is not zero, and a ragged batch: model, {name: LoRA}, ids, mask."""
+    """Three blocks of the tiny model with a LoRA whose B is not zero, and a ragged batch: model, {name: LoRA}, three rows of token ids."""
     model = cb_train.load_decoder(model_dir, 3, 'float32', 'cpu')
     loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 8, 0.0)
     torch.manual_seed(1)
     for lora in loras.values():
         torch.nn.init.normal_(lora.lora_B, std=0.2)
-    ids, mask = cb_train.collate([cb_train.Row(row, 0) for row in ([2, 4, 7, 8, 9, 3], [2, 4, 11, 3], [2, 12])], 'cpu')
-    return model, loras, ids, mask
+    return model, loras, [[2, 4, 7, 8, 9, 3], [2, 4, 11, 3], [2, 12]]
 
 
-def losses_and_gradients(model, loras, ids, mask, **more):
-    inputs = cb_train.block_inputs(model, ids)
+def packed(model, rows, **more):
+    """Rows of token ids as one pass: (inputs, mask)."""
+    ids, mask, lengths = cb_train.pack([cb_train.Row(row, 0) for row in rows], 'cpu')
+    return cb_train.block_inputs(model, ids, lengths, **more), mask
+
+
+def losses_and_gradients(model, loras, rows, **more):
+    inputs, mask = packed(model, rows)
     retain, _ = cb_train.retain_pass(model, inputs, mask, [2], **more)
     cb, _ = cb_train.cb_pass(model, inputs, mask, [2], **more)
     parameters = [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
@@ -54,8 +59,8 @@ def close(a, b, relative):
 def test_one_steps_losses_and_gradients_equal_those_of_peft(adapted, model_dir):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel
-    model, loras, ids, mask = adapted
-    retain, cb, gradients = losses_and_gradients(model, loras, ids, mask)
+    model, loras, rows = adapted
+    retain, cb, gradients = losses_and_gradients(model, loras, rows)
     config, _ = cb_train.truncated_config(model_dir, 3)
     twin = get_peft_model(AutoModel.from_pretrained(model_dir, config=config), LoraConfig(
         r=4, lora_alpha=8, target_modules=ATTENTION, lora_dropout=0.0))
@@ -63,37 +68,30 @@ def test_one_steps_losses_and_gradients_equal_those_of_peft(adapted, model_dir):
     theirs = [named[f'base_model.model.{name}.{part}.default.weight'] for name in loras for part in ('lora_A', 'lora_B')]
     for p, lora_p in zip(theirs, [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]):
         p.data.copy_(lora_p.data)
-    inputs = dict(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
+    real = torch.tensor([[1] * len(row) + [0] * (6 - len(row)) for row in rows])  # (B, T)
+    inputs = dict(input_ids=torch.tensor([row + [0] * (6 - len(row)) for row in rows]), attention_mask=real, output_hidden_states=True, use_cache=False)
     with torch.no_grad(), twin.disable_adapter():
         h = torch.stack(twin(**inputs).hidden_states)
     h_lora = torch.stack(twin(**inputs).hidden_states)  # (L + 1, B, T, D)
-    real = mask.bool()
+    real = real.bool()
     want_retain = (h_lora[1:] - h[1:]).norm(dim=-1)[:, real].mean()
     want_cb = torch.cosine_similarity(h_lora[2], h[2], dim=-1)[real].relu().mean()
     want = torch.autograd.grad(3 * want_retain + 7 * want_cb, theirs)
-    assert close(retain / mask.sum(), want_retain, 1e-5) and close(cb / mask.sum(), want_cb, 1e-5) and want_cb < 0.99
+    assert close(retain / 12, want_retain, 1e-5) and close(cb / 12, want_cb, 1e-5) and want_cb < 0.99
     for ours, peft in zip(gradients, want):
         assert peft.norm() > 0 and close(ours, peft, 1e-5)
 
 
-def test_pad_columns_change_no_loss_and_no_gradient(adapted):
-    model, loras, ids, mask = adapted
-    plain = losses_and_gradients(model, loras, ids, mask)
-    padded = losses_and_gradients(model, loras, torch.cat([ids, torch.full((3, 5), 9)], 1), torch.cat([mask, torch.zeros(3, 5)], 1))
-    assert close(padded[0], plain[0], 1e-6) and close(padded[1], plain[1], 1e-6)
-    assert close(*(torch.cat([g.flatten() for g in found[2]]) for found in (padded, plain)), 1e-6)
-
-
 def test_block_checkpointing_changes_no_gradient(adapted):
-    model, loras, ids, mask = adapted
-    plain, saved = (losses_and_gradients(model, loras, ids, mask, checkpointing=c)[2] for c in (False, True))
+    model, loras, rows = adapted
+    plain, saved = (losses_and_gradients(model, loras, rows, checkpointing=c)[2] for c in (False, True))
     assert all(close(a, b, 1e-6) for a, b in zip(saved, plain))
 
 
 @pytest.fixture
 def ragged(adapted):
     """The model and LoRA of adapted, and nine rows of lengths 1..9 in mixed order, some of which count from their third token on."""
-    model, loras, _, _ = adapted
+    model, loras, _ = adapted
     draw = torch.Generator().manual_seed(3)
     return model, loras, [cb_train.Row(torch.randint(2, 20, (n,), generator=draw).tolist(), 2 * (n > 6)) for n in (4, 9, 1, 6, 2, 8, 7, 3, 5)]
 
@@ -127,8 +125,8 @@ def test_any_split_of_a_step_gives_the_losses_and_gradients_of_a_plain_loop_over
 
 def test_passes_take_each_row_once_by_length_and_keep_to_both_limits(ragged):
     model, _, rows = ragged
-    lengths = lambda *limits: [[int(n) for n in mask.cumsum(1).argmax(1) + 1] for _, mask in cb_train.passes(model, rows, *limits, 'cpu')]
-    assert lengths(9, 18) == [[9, 8], [7, 6], [5, 4, 3], [2, 1]] and lengths(2, 18) == [[9, 8], [7, 6], [5, 4], [3, 2], [1]]
+    lengths = lambda *limits: [inputs[1][0]['lengths'] for inputs, _ in cb_train.passes(model, rows, *limits, 'cpu')]
+    assert lengths(9, 18) == [[9, 8], [7, 6, 5], [4, 3, 2, 1]] and lengths(2, 18) == [[9, 8], [7, 6], [5, 4], [3, 2], [1]]
     assert lengths(9, 1) == [[n] for n in range(9, 0, -1)]
 
 
@@ -139,21 +137,21 @@ def test_the_other_cb_losses_are_what_a_hand_computes():
 
 
 def test_a_soft_prompt_stands_anywhere_in_the_request_and_the_states_are_transformers_own(adapted):
-    model, loras, _, _ = adapted
+    model, loras, _ = adapted
     rows, soft = [cb_train.Row([2, 4, 7, 8], 2), cb_train.Row([2, 9], 0)], torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     lot = random.Random(0)
-    ids, mask = cb_train.collate(found := [cb_train.opened(row, 3, lot) for row in rows], 'cpu')
-    assert mask.tolist() == [[0] * 5 + [1] * 2, [1] * 5 + [0] * 2]
+    ids, mask, lengths = cb_train.pack(found := [cb_train.opened(row, 3, lot) for row in rows], 'cpu')
+    assert mask.tolist() == [[0] * 5 + [1] * 2 + [1] * 5] and lengths == [7, 5]
     places = [row.ids.index(-1) for row in found]
     assert all(found[i].ids == rows[i].ids[:at] + [-1] * 3 + rows[i].ids[at:] and 1 <= at <= 2 for i, at in enumerate(places))
     assert {cb_train.opened(rows[0], 1, lot).ids.index(-1) for _ in range(20)} == {1, 2}
-    ours = [h for _, h, _ in cb_train.streams(model, cb_train.block_inputs(model, ids, soft), 3)]
+    ours = [h.split(lengths, 1) for _, h, _ in cb_train.streams(model, cb_train.block_inputs(model, ids, lengths, soft), 3)]
     for i, row in enumerate(rows):
         embedded = model.embed_tokens(torch.tensor(row.ids))
         x = torch.cat([embedded[:places[i]], soft, embedded[places[i]:]])[None]
         with torch.no_grad(), cb_train.adapter_off(model):
             want = model(inputs_embeds=x, output_hidden_states=True, use_cache=False).hidden_states[1:]
-        assert all(torch.allclose(a[i, :x.shape[1]], b[0], atol=1e-5) for a, b in zip(ours, want))
+        assert all(torch.allclose(a[i], b, atol=1e-5) for a, b in zip(ours, want))
 
 
 def test_a_run_with_soft_prompts_is_another_run_gives_the_same_bytes_again_and_refuses_a_bad_file(run, arguments, tmp_path):
@@ -225,6 +223,22 @@ def test_flash_attention_is_asked_for_on_a_gpu_in_half_precision_where_it_is_ins
         assert [cb_train.attention(*each) for each in asked] == want
 
 
+def test_flash_attention_is_told_where_the_packed_rows_end(adapted, monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    model, _, rows = adapted
+    want = [h for _, h, _ in cb_train.streams(model, packed(model, rows)[0], 3)]
+
+    def varlen(module, q, k, v, mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scaling, position_ids=None, **_):
+        """The arguments of transformers' flash attention that make it take a row from each end to the next; here by softmax."""
+        assert mask is None and position_ids is None and cu_seq_lens_q.tolist() == cu_seq_lens_k.tolist() == [0, 6, 10, 12] and max_length_q == max_length_k == 6
+        q, k, v = (x[0].repeat_interleave(q.shape[1] // x.shape[1], 0).split(cu_seq_lens_q.diff().tolist(), 1) for x in (q, k, v))
+        heads = [((a @ b.mT * scaling).masked_fill(torch.ones(a.shape[1], a.shape[1]).triu(1) > 0, -torch.inf).softmax(-1) @ c).mT for a, b, c in zip(q, k, v)]
+        return torch.cat(heads, 2).permute(2, 0, 1)[None], None
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, 'flash_attention_2', varlen)
+    monkeypatch.setattr(model.config, '_attn_implementation_internal', 'flash_attention_2')
+    assert all(close(h, other, 1e-5) for (_, h, _), other in zip(cb_train.streams(model, packed(model, rows)[0], 3), want))
+
+
 def test_what_the_backward_pass_keeps_is_counted_without_touching_the_random_numbers(ragged):
     model, loras, _ = ragged
     for lora in loras.values():
@@ -259,10 +273,10 @@ def test_checkpointing_by_choice_or_by_memory_and_the_seed_give_the_same_bytes(r
 
 def test_with_the_adapter_off_the_streams_are_the_librarys_hidden_states_bit_for_bit(adapted, model_dir):
     from transformers import AutoModelForCausalLM
-    model, loras, ids, mask = adapted
+    model, loras, rows = adapted
     whole = AutoModelForCausalLM.from_pretrained(model_dir)
-    want = whole(ids, output_hidden_states=True).hidden_states
-    for l, h, h_lora in cb_train.streams(model, cb_train.block_inputs(model, ids), 3):
+    want = whole(torch.tensor(rows[:1]), output_hidden_states=True).hidden_states
+    for l, h, h_lora in cb_train.streams(model, packed(model, rows[:1])[0], 3):
         assert not torch.equal(h, h_lora)
         assert torch.equal(h, want[l]) if l < 3 else torch.equal(h, whole.model.norm(want[3]))
     assert all(lora.enabled for lora in loras.values())
@@ -378,11 +392,14 @@ def test_a_family_walks_as_transformers_does_learns_and_merges_as_peft_does(run,
     whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
     model = cb_train.load_decoder(base, 3, 'auto', 'cpu')
     loras = cb_train.add_lora(model, modules, [0, 1, 2], 4, 8, 0.0)
-    ids = torch.tensor([[2, 4, 7, 8, 9, 3, 5, 10, 11, 12, 13, 3]])
+    rows = [[2, 4, 7, 8, 9, 3, 5, 10, 11, 12, 13, 3], [2, 12, 4, 4, 9, 8, 7], [2, 6], [2]]  # the first two longer than a sliding window
+    ids = torch.tensor(rows[:1])
     with torch.no_grad():
-        want = whole(ids, output_hidden_states=True, use_cache=False).hidden_states
-        for (l, h, _), other in zip(cb_train.streams(model, cb_train.block_inputs(model, ids), 2), want[1:]):
+        want = [whole(torch.tensor([row]), output_hidden_states=True, use_cache=False).hidden_states for row in rows]
+        for (l, h, _), other in zip(cb_train.streams(model, packed(model, rows[:1])[0], 2), want[0][1:]):
             assert torch.equal(h, other)
+        for l, h, _ in cb_train.streams(model, packed(model, rows)[0], 2):
+            assert all(close(mine, theirs[l], 1e-6 if dtype == torch.float32 else 1e-2) for mine, theirs in zip(h.split([12, 7, 2, 1], 1), want))
 
     start = peft_adapter(tmp_path / 'start', base, modules)
     status, _, err = run('cb_train.py', *arguments, f'--model_name={base}', f'--init_from={start}', f'--target_modules={",".join(modules)}',
@@ -489,8 +506,8 @@ def test_response_masks_and_lengths_count_the_last_answers_tokens(model_dir):
     talk = [{'role': r, 'content': c} for r, c in (('user', 'red'), ('assistant', 'blue'), ('user', 'one two'), ('assistant', 'yes no'))]
     row = cb_train.encode(tokenizer, talk, '', 512, 'response')
     assert words(row, row.start) == ['yes', 'no', '<end>'] and words(row)[:3] == ['<bos>', '<user>', 'red'] and cb_train.count([row]) == 3
-    ids, mask = cb_train.collate([row, cb_train.Row([2, 4, 3], 0)], 'cpu')
-    assert mask[0].tolist() == [0] * row.start + [1] * 3 and mask[1].tolist() == [1, 1, 1] + [0] * (len(row.ids) - 3)
+    ids, mask, lengths = cb_train.pack([row, cb_train.Row([2, 4, 3], 0)], 'cpu')
+    assert ids.tolist() == [row.ids + [2, 4, 3]] and mask.tolist() == [[0] * row.start + [1] * 6] and lengths == [len(row.ids), 3]
     cut = cb_train.encode(tokenizer, talk, '', 512, 'all', (4, 2))
     assert words(cut) == ['<bos>', '<user>', 'red', '<end>', 'yes', 'no'] and cut.start == 0
     assert cb_train.encode(tokenizer, talk, '', 8, 'response') is None and len(cb_train.encode(tokenizer, talk, '', 8).ids) == 8
@@ -820,10 +837,11 @@ def test_a_resume_with_another_number_of_ranks_and_shards_without_ranks_are_refu
 @pytest.mark.parametrize('world', [2, 3, 4, 9, 11])
 def test_ranks_share_the_rows_evenly_in_the_same_number_of_passes(ragged, world):
     model, _, rows = ragged
-    shares = [[mask for _, mask in cb_train.passes(model, rows, 3, 18, 'cpu', rank, world)] for rank in range(world)]
-    tokens = [sum(int(mask.sum()) for mask in share) for share in shares]
+    shares = [list(cb_train.passes(model, rows, 3, 18, 'cpu', rank, world)) for rank in range(world)]
+    tokens = [sum(int(mask.sum()) for _, mask in share) for share in shares]
     assert sum(tokens) == cb_train.count(rows) and len({len(share) for share in shares}) == 1
-    assert max(tokens) - min(tokens) <= 9 and all(mask.numel() <= 18 and len(mask) <= 3 for share in shares for mask in share)
+    assert max(tokens) - min(tokens) <= 9 and all(
+        mask.numel() <= 18 and len(arguments[0]['lengths']) <= 3 for share in shares for (_, arguments), mask in share)
 
 
 @pytest.fixture
@@ -837,12 +855,12 @@ def group():
 
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_sharded_blocks_have_the_same_gradients_bit_for_bit_and_fold_alike(adapted, group, checkpointing):
-    model, loras, ids, mask = adapted
-    want = losses_and_gradients(model, loras, ids, mask, checkpointing=checkpointing)
+    model, loras, rows = adapted
+    want = losses_and_gradients(model, loras, rows, checkpointing=checkpointing)
     folded = {name: lora.base.weight + lora.delta() for name, lora in loras.items()}
     group('gloo', 1)
     cb_train.shard(model, 'cpu')
-    found = losses_and_gradients(model, loras, ids, mask, checkpointing=checkpointing)
+    found = losses_and_gradients(model, loras, rows, checkpointing=checkpointing)
     assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1]) and all(torch.equal(a, b) for a, b in zip(found[2], want[2]))
     cb_train.fold(loras.values())
     assert all(torch.equal(lora.base.weight.full_tensor(), folded[name]) for name, lora in loras.items())
@@ -851,13 +869,13 @@ def test_sharded_blocks_have_the_same_gradients_bit_for_bit_and_fold_alike(adapt
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_sharded_blocks_gather_their_weights_once_for_both_streams_and_once_backward(adapted, group, monkeypatch, checkpointing):
     import torch.distributed as dist
-    model, loras, ids, mask = adapted
+    model, loras, rows = adapted
     group('fake', 2)  # sends nothing
     cb_train.shard(model, 'cpu')
     assert model.layers[0].mlp.up_proj.weight.to_local().shape == (24, 32) and loras['layers.0.self_attn.q_proj'].lora_A.shape == (4, 32)
     gathers, real = [], dist.all_gather_single
     monkeypatch.setattr(dist, 'all_gather_single', lambda *more, **named: gathers.append(1) or real(*more, **named))
-    loss, _ = cb_train.retain_pass(model, cb_train.block_inputs(model, ids), mask, [2], checkpointing)
+    loss, _ = cb_train.retain_pass(model, *packed(model, rows), [2], checkpointing)
     assert len(gathers) == 3
     loss.backward()
     assert len(gathers) == 6
