@@ -44,7 +44,6 @@ import random
 import re
 import sys
 
-import datasets
 import torch
 import torch.nn.functional as F
 import transformers
@@ -53,7 +52,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cb_train import add_lora, labelled
 from configurator import configure, fail, fault
-from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, ROW_FILES, file_rows, hub_trouble, load_rows, load_tokenizer, messages_of, numbered_rows, one_bos,
+from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, ROW_FILES, file_rows, hub_table, hub_trouble, load_rows, load_tokenizer, messages_of, numbered_rows, one_bos,
                        said, template_ids, unicode)
 
 # -----------------------------------------------------------------------------------------------------------------------
@@ -228,10 +227,7 @@ def raw_rows(source):
     config, split = HUB_SETS.get(hub_id, (None, 'train'))
     config, split = ([config] + named)[-2:] if named else (config, split)
     tabs = {'delimiter': '\t', 'keep_default_na': False} if hub_id == 'allenai/wildjailbreak' else {}
-    try:
-        table = datasets.load_dataset(hub_id, config, split=split, **tabs)
-    except Exception as e:  # whatever the hub or the network says, the user hears it in one line
-        fail(f'behaviors_path: {source}: there is no such file, and {hub_trouble(e)}')
+    table = hub_table(f'behaviors_path: {source}', hub_id, config, split=split, **tabs)
     return f'{hub_id}:{config}:{split}'.lower(), [(f'{source}: row {i}', row) for i, row in enumerate(table, 1)], True
 
 
@@ -271,14 +267,24 @@ def read_behaviors(paths, targets_path='', limit=0, seed=0):
 # ---- the model's answers ----------------------------------------------------------------------------------------------
 
 
+def text_ids(tokenizer, text):
+    """The token ids of a text alone: no BOS, no template."""
+    return tokenizer(text, add_special_tokens=False)['input_ids']
+
+
 def prompt_ids(tokenizer, messages, start=''):
     """A conversation as token ids up to where the answer begins, or beyond: `start` is the answer's given start, tokenized apart."""
-    return template_ids(tokenizer, [*messages, {'role': 'assistant', 'content': ''}], answer=False) + (tokenizer(start, add_special_tokens=False)['input_ids'] if start else [])
+    return template_ids(tokenizer, [*messages, {'role': 'assistant', 'content': ''}], answer=False) + (text_ids(tokenizer, start) if start else [])
 
 
 def plain_ids(tokenizer, text):
     """A text without a chat template as token ids, BOS once."""
-    return one_bos(tokenizer, tokenizer(text, add_special_tokens=False)['input_ids'])
+    return one_bos(tokenizer, text_ids(tokenizer, text))
+
+
+def embedded(model, ids):
+    """The input embeddings of token ids (...), nested lists too, without gradient: (..., D)."""
+    return model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=model.device)).detach()
 
 
 @torch.no_grad()
@@ -335,7 +341,7 @@ def around(tokenizer, messages):
     messages = said(tokenizer, messages)
     messages[-1] = {**messages[-1], 'content': messages[-1]['content'] + mark}
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    before, after = (tokenizer(part, add_special_tokens=False)['input_ids'] for part in text.rsplit(mark, 1))
+    before, after = (text_ids(tokenizer, part) for part in text.rsplit(mark, 1))
     return one_bos(tokenizer, before), after
 
 
@@ -355,12 +361,11 @@ def embedding(model, tokenizer, rows, start, lr, stop, steps, signed, answers, c
     steps, a worded start, rest below 0.001, an answer from each of k snapshots. `start` gives the soft tokens' first embeddings.
     Returns a list of `answers` texts for each row.
     """
-    embed, found = model.get_input_embeddings(), [[] for _ in rows]
-    first = embed(torch.tensor(tokenizer(start, add_special_tokens=False)['input_ids'], device=model.device)).detach().float()  # (S, D)
+    first, found = embedded(model, text_ids(tokenizer, start)).float(), [[] for _ in rows]  # (S, D)
     for i in tqdm(range(0, len(rows), batch_size), desc='embedding', disable=None, leave=False):
         some = rows[i:i + batch_size]
-        sides = [[embed(torch.tensor(ids, dtype=torch.long, device=model.device)).detach() for ids in around(tokenizer, row['messages'])] for row in some]
-        targets = [torch.tensor(tokenizer(row['target'], add_special_tokens=False)['input_ids'], device=model.device) for row in some]
+        sides = [[embedded(model, ids) for ids in around(tokenizer, row['messages'])] for row in some]
+        targets = [torch.tensor(text_ids(tokenizer, row['target']), device=model.device) for row in some]
         soft = first.expand(len(some), -1, -1).clone()  # (B, S, D), float32: a step may be smaller than half precision resolves
         joined = lambda soft: [torch.cat([before, s.to(before.dtype), after]) for (before, after), s in zip(sides, soft)]  # B times (T, D)
         for step in range(1, steps + 1):
@@ -384,28 +389,27 @@ def gcg(model, tokenizer, rows, start, steps, width, topk, complete, batch_size,
     barred = torch.zeros(len(table), dtype=torch.bool, device=model.device)
     barred[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
     barred[len(tokenizer):] = True
-    embed, prompts = model.get_input_embeddings(), []
-    encode = lambda text: tokenizer(text, add_special_tokens=False)['input_ids']
+    prompts = []
     for row in tqdm(rows, desc='gcg', disable=None, leave=False):
-        before, after = (embed(torch.tensor(ids, dtype=torch.long, device=model.device)).detach() for ids in around(tokenizer, row['messages']))
-        target = torch.tensor(encode(row['target']), device=model.device)
-        suffix = encode(start)
+        before, after = (embedded(model, ids) for ids in around(tokenizer, row['messages']))
+        target = torch.tensor(text_ids(tokenizer, row['target']), device=model.device)
+        suffix = text_ids(tokenizer, start)
         for _ in range(steps):
-            s = embed(torch.tensor(suffix, device=model.device)).detach().requires_grad_()  # (S, D)
+            s = embedded(model, suffix).requires_grad_()  # (S, D)
             gradient, = torch.autograd.grad(target_losses(model, [torch.cat([before, s, after])], [target]).sum(), s)
             best = (-gradient @ table.T).masked_fill(barred, -math.inf).topk(min(topk, int((~barred).sum())), dim=-1).indices.tolist()  # (S, topk)
             tries = [suffix]
             for _ in range(width):
                 position = rng.randrange(len(suffix))
                 tries.append([*suffix[:position], rng.choice(best[position]), *suffix[position + 1:]])
-            tries = [ids for ids in tries if ids == suffix or encode(tokenizer.decode(ids)) == ids]
+            tries = [ids for ids in tries if ids == suffix or text_ids(tokenizer, tokenizer.decode(ids)) == ids]
             losses = []
             for i in range(0, len(tries), batch_size):
                 with torch.no_grad():
-                    middles = embed(torch.tensor(tries[i:i + batch_size], device=model.device))  # (B, S, D)
+                    middles = embedded(model, tries[i:i + batch_size])  # (B, S, D)
                     losses += target_losses(model, [torch.cat([before, m, after]) for m in middles], [target] * len(middles)).tolist()
             suffix = tries[min(range(len(tries)), key=losses.__getitem__)]
-        prompts.append(torch.cat([before, embed(torch.tensor(suffix, device=model.device)), after]).detach())
+        prompts.append(torch.cat([before, embedded(model, suffix), after]))
     return [[text] for text in complete(prompts)]
 
 
@@ -454,12 +458,11 @@ def refusal_direction(model, tokenizer, harmful, harmless, batch_size):
     few, rest = (harmful[:16], harmful[16:]) if len(harmful) > 32 else (harmful, harmful)
     means = [last_states(model, tokenizer, [m[:-1] for m in rows[:128]], batch_size).mean(0) for rows in (rest, harmless)]  # (L, D)
     directions = F.normalize(means[0] - means[1], dim=-1)
-    embed = model.get_input_embeddings()
 
     def loss(direction):
         with ablated(model, direction), torch.no_grad():
-            prompts = [embed(torch.tensor(prompt_ids(tokenizer, m[:-1]), device=model.device)) for m in few]
-            targets = [torch.tensor(tokenizer(m[-1]['content'], add_special_tokens=False)['input_ids'][:16], device=model.device) for m in few]
+            prompts = [embedded(model, prompt_ids(tokenizer, m[:-1])) for m in few]
+            targets = [torch.tensor(text_ids(tokenizer, m[-1]['content'])[:16], device=model.device) for m in few]
             return sum(target_losses(model, prompts[i:i + batch_size], targets[i:i + batch_size]).sum().item() for i in range(0, len(few), batch_size))
     candidates = range(1, max(2, math.ceil(0.8 * len(model.base_model.layers))))
     return directions[min(candidates, key=lambda l: loss(directions[l]))]

@@ -205,6 +205,15 @@ def hub_trouble(error):
     return f'the hub could not be reached ({causes[0].split()[0]}): check the network, or name a local copy'
 
 
+def hub_table(where, *path, **more):
+    """A set of the hub by datasets.load_dataset(*path, **more); ends with one line, `where` in front, if it cannot be had."""
+    try:
+        import datasets  # as pyarrow above
+        return datasets.load_dataset(*path, **more)
+    except Exception as e:  # whatever the hub or the network says, the user hears it in one line
+        fail(f'{where}: there is no such file or folder, and {hub_trouble(e)}')
+
+
 def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='source', public=False):
     """
     [(where, convert(row))] of a source: a file, a folder of files (those named after the split, or 'train', if there are such),
@@ -219,12 +228,7 @@ def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='so
     elif os.path.isfile(source) or not re.fullmatch(r'[\w.-]+/[\w.-]+', source_id) or source.endswith(ROW_FILES):
         rows = numbered_rows(source, convert, public)
     else:
-        try:
-            import datasets  # as pyarrow above
-            table = datasets.load_dataset(source_id, split=named or SPLITS.get(source_id, 'train'))
-        except Exception as e:  # whatever the hub or the network says, the user hears it in one line
-            fail(f'{option}: {source}: there is no such file or folder, and {hub_trouble(e)}')
-        rows = []
+        table, rows = hub_table(f'{option}: {source}', source_id, split=named or SPLITS.get(source_id, 'train')), []
         for i in random.Random(seed).sample(range(len(table)), len(table)):
             try:
                 rows.append((f'{source}: row {i + 1}', convert(table[i])))
