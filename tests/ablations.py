@@ -26,7 +26,8 @@ VARIANTS = {  # name: (what differs from config/toy.py, {w} the world's folder),
     'target layers 5, 7': '--target_layers=5,7 --num_hidden_layers=8 --layers_to_transform=0,1,2,3,4,5,6,7',
     'all seven modules': f'--target_modules={SEVEN}',
     'rank 4': '--lora_r=4 --lora_alpha=4',
-    'rank 64': '--lora_r=64 --lora_alpha=64',
+    'rank 16': '--lora_r=16 --lora_alpha=16',
+    'rank 16, lora_B from 1e-4': '--lora_r=16 --lora_alpha=16 --lora_b_std=1e-4',
     'boundary': 'config/toy_boundary.py --retain_data_path={w}/boundary/retain.jsonl --soft_prompts_path={w}/boundary/soft_prompts.safetensors',
     'boundary without soft prompts': 'config/toy_boundary.py --retain_data_path={w}/boundary/retain.jsonl --soft_prompts_path='}
 
