@@ -218,7 +218,7 @@ def fold(loras):
 @contextlib.contextmanager
 def adapter_off(module):
     """Inside, a model or a block is its own frozen reference: no second copy in memory."""
-    loras = [part for part in module.modules() if isinstance(part, LoRALinear)]
+    loras = [part for part in module.modules() if isinstance(part, LoRALinear) and part.enabled]
     for lora in loras:
         lora.enabled = False
     try:
@@ -261,19 +261,21 @@ def visit(model, device):
 # ---- the two streams and the two losses -------------------------------------------------------------------------------
 
 
-def packed_attention(module, q, k, v, mask, lengths=None, sliding_window=None, **kwargs):
+def packed_attention(module, q, k, v, attention_mask, lengths=None, sliding_window=None, **kwargs):
     """
     Attention of packed rows by transformers' interface: q (B, heads, T, d), k and v (B, key heads, T, d) -> (B, T, heads, d), None. torch's
     kernel gets each row by itself, so nothing is computed between two rows, and causal, so it needs no mask but for a row longer
-    than a sliding window. lengths: of the rows along T [None = one]; mask is never given.
+    than a sliding window. lengths: of the rows along T [None = one]. ValueError where a family has a mask of its own.
     """
+    if attention_mask is not None:
+        raise ValueError('packed rows have no mask')
     heads = []
     for part in zip(*(x.split(lengths or x.shape[2], 2) for x in (q, k, v))):
         T, window = part[0].shape[2], None
         if sliding_window and T > sliding_window:
             window = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
         heads.append(sdpa_attention_forward(module, *part, window, **kwargs)[0])
-    return torch.cat(heads, 1), None
+    return torch.cat(heads, 1) if len(heads) > 1 else heads[0], None
 
 
 AttentionInterface.register('packed', packed_attention)
@@ -283,20 +285,23 @@ AttentionInterface.register('packed', packed_attention)
 def block_inputs(model, ids, lengths, soft=None):
     """
     What transformers hands to its blocks for packed rows, ids (1, T) and the lengths of the rows in it: the first block's input (1, T, D)
-    and every block's keyword arguments, in which each row has its own positions. Embedding scale, rotary angles and the masks of
-    families without torch's attention are thus their own; packed_attention and flash attention get the lengths instead. Nothing is
-    computed: the blocks only listen, in place of their whole call, or FSDP's hooks would gather their weights. Positions are left out:
-    the rotary angles hold them, and flash attention would read them back from the device in every block.
+    and every block's keyword arguments, in which each row has its own positions. Embedding scale, rotary angles and masks are thus the
+    family's own; packed_attention and flash attention get the lengths instead of a mask. Nothing is computed: the blocks only listen, in
+    place of their whole call, or FSDP's hooks would gather their weights.
     soft (S, D): embeddings for the S places of each row where ids are -1 (see opened).
     """
-    calls, ends = [], torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(ids.device, non_blocking=True)
-    flash = {'cu_seq_lens_q': ends, 'cu_seq_lens_k': ends, 'max_length_q': max(lengths), 'max_length_k': max(lengths)}
+    calls, kind, more = [], model.config._attn_implementation, {}
+    positions = torch.tensor([[i for n in lengths for i in range(n)]]).to(ids.device, non_blocking=ids.is_cuda)  # (1, T)
+    if kind == 'packed':
+        more = {'lengths': lengths}
+    elif kind.startswith('flash'):  # told here, it does not read the positions back from the device in every block
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(ids.device, non_blocking=ids.is_cuda)
+        more = {'cu_seq_lens_q': ends, 'cu_seq_lens_k': ends, 'max_length_q': max(lengths), 'max_length_k': max(lengths)}
 
     def listen(h, **kwargs):
-        calls.append((h, {**kwargs, 'position_ids': None, 'lengths': lengths, **flash}))
+        calls.append((h, {**kwargs, **more}))
         return h
 
-    positions = torch.tensor([[i for n in lengths for i in range(n)]]).to(ids.device, non_blocking=True)  # (1, T)
     for block in model.layers:
         block._call_impl = listen
     try:
@@ -368,6 +373,30 @@ def farthest(theirs, ours):
     return max((((b.float() - a.float()).norm()) / a.float().norm()).item() for a, b in zip(theirs, ours))
 
 
+@torch.no_grad()
+def can_pack(model, probe):
+    """
+    Chooses the attention of all passes, as the walk over our own passes must have transformers' own states, in its own attention, within
+    rounding. True: packed rows have them, probe (2, T). False: only one row a pass does, because the family's attention or
+    recurrence would mix rows, or, eager, would keep every pair of a pass's tokens. Ends with one line if neither does.
+    """
+    library, limit = model.config._attn_implementation, 1e-5 if model.dtype == torch.float32 else 2e-2
+    for rows in (probe, probe[:1]) if library != 'eager' else (probe[:1],):
+        want = states(model, rows)
+        model.set_attn_implementation('packed' if len(rows) > 1 and library == 'sdpa' else library)
+        try:
+            found = streams(model, block_inputs(model, rows.view(1, -1), [rows.shape[1]] * len(rows)), len(model.layers))
+            off = farthest(want, [h.view(*rows.shape, -1) for _, h, _ in found])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # a family's blocks may refuse packed rows in any way
+            off = f'{type(e).__name__}'
+        if not isinstance(off, str) and off <= limit:
+            return len(rows) > 1
+        model.set_attn_implementation(library)
+    fail(f'model_name: {type(model).__name__} computes its blocks in another way than this script ({off}, a relative difference of {limit} at most wanted)')
+
+
 def retain_pass(model, inputs, mask, target_layers, checkpointing=False):
     """inputs of rows (B, T), their mask -> the sum over real tokens of: the mean distance over all L states; the mean cosine at target_layers."""
     loss, cos = 0, 0
@@ -404,11 +433,10 @@ def cb_pass(model, inputs, mask, target_layers, checkpointing=False, token_loss=
 
 def passes(model, rows, batch_size, micro_batch_tokens, device, rank=0, world=1, soft=None):
     """
-    Splits rows into passes, the longest rows first: each of at most batch_size rows and micro_batch_tokens tokens, or of one row.
-    Yields (inputs, mask) of each, as retain_pass and cb_pass want them.
-    Of many ranks each gets one of every `world` rows, dealt there and back so that their tokens are about equal. All have the same
-    number of passes, which FSDP needs: a rank without a row in one computes a token that does not count. soft: as in
-    block_inputs.
+    Splits rows into passes of at most batch_size rows and micro_batch_tokens tokens, or of one row. Yields (inputs, mask) of each, as
+    retain_pass and cb_pass want them.
+    Of many ranks each gets one of every `world` rows, dealt by length, there and back, so that their tokens are about equal. All have the
+    same number of passes, which FSDP needs: a rank without a row in one computes a token that does not count. soft: as in block_inputs.
     """
     rows, batches = sorted(rows, key=lambda row: -len(row.ids)), []
     for i in range(0, len(rows), world):  # a row for each rank
@@ -472,13 +500,15 @@ def plan(model, probe, longest, batch_size, micro_batch_tokens, gradient_checkpo
         return tokens, gradient_checkpointing == 'True', 'as the option says'
     if hasattr(model.layers[0], 'unshard'):
         return tokens, True, 'the model is sharded'
+    if model.config._attn_implementation == 'eager':
+        return tokens, True, 'eager attention keeps every pair of tokens'
     need, free = bytes_kept(model, probe) * max(longest, min(tokens, longest * batch_size)), memory_at_hand(device)
     return tokens, need > free / 2, f'the graph of the largest pass takes {need / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are at hand'
 
 
 @torch.no_grad()
 def validate(model, rows, loras, target_layers, batch_size, micro_batch_tokens, device, rank, world, run_cb=cb_pass):
-    """The fifth pass: the losses and cosines of held-out rows {'benign', 'harmful': ids}, without dropout. Returns {name: mean}."""
+    """The fifth pass: the losses and cosines of held-out rows {'benign', 'harmful': [Row]}, without dropout. Returns {name: mean}."""
     for lora in loras:
         lora.eval()
     means = {}
@@ -732,8 +762,6 @@ def load_decoder(model_dir, blocks, dtype, device, mapped=False):
     stored = str(getattr(config, 'dtype', None) if dtype == 'auto' else dtype).rpartition('.')[2]
     model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
                                               attn_implementation=attention(stored, device))
-    if model.config._attn_implementation == 'sdpa':  # torch's attention; what else a family may need reads masks or lengths by itself
-        model.set_attn_implementation('packed')
     dropped = re.compile(rf'(^|\.)(lm_head\.|layers\.({"|".join(map(str, range(blocks, total)))})\.)')
     wrong = [*report['missing_keys'], *report['mismatched_keys'], *(key for key in report['unexpected_keys'] if not dropped.search(key))]
     if wrong:
@@ -1133,17 +1161,14 @@ if __name__ == '__main__':
     ticks = (schedule_steps or max_steps) if use_dynamic_scheduling else 0
     rows_a_step = batch_size * gradient_accumulation_steps
 
-    # our own walk through the blocks must be the library's, bit for bit (within rounding where a GPU picks another kernel)
-    probe = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.no_grad(), adapter_off(model):
-        packed = block_inputs(model, probe.view(1, -1), [probe.shape[1]] * len(probe))
-        off = farthest(states(model, probe), [h.view(*probe.shape, -1) for _, h, _ in streams(model, packed, len(model.layers))])
-    if not off <= (1e-5 if model.dtype == torch.float32 else 2e-2):
-        fail(f'{model_dir}: {type(model).__name__} computes its blocks in another way than this script (relative difference {off:.1e})')
-
+    # what a pass may hold, decided on rows of random tokens: two as long as the longest row, two short ones
+    longest = max((len(row.ids) for rows in sets.values() for row in rows), default=32) + (len(soft_prompts[0]) if soft_prompts_path else 0)
+    long_probe, probe = (torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0)).to(device)
+                         for length in (longest, 32))
+    with adapter_off(model):
+        pass_rows = batch_size if can_pack(model, long_probe) else 1
     if not merge_only:
-        longest = max(len(row.ids) for rows in sets.values() for row in rows) + (len(soft_prompts[0]) if soft_prompts_path else 0)
-        pass_tokens, checkpointing, why = plan(model, probe, longest, batch_size, micro_batch_tokens, gradient_checkpointing)
+        pass_tokens, checkpointing, why = plan(model, probe, longest, pass_rows, micro_batch_tokens, gradient_checkpointing)
 
     # the output directory is ours from here on, as soon as every rank has seen it: emptied, or cut back to the checkpoint
     summed(torch.zeros(1))
@@ -1168,7 +1193,8 @@ if __name__ == '__main__':
         print(f'{name}: {len(rows)} rows, {mean:.0f} tokens that count on average, {sum(len(r.ids) == max_seq_length for r in rows)} at the limit of '
               f'{max_seq_length}; {rows_a_step} rows, about {rows_a_step * mean:.0f} tokens a step, {max_steps * rows_a_step / len(rows):.1f} epochs')
     if not merge_only:
-        print(f'passes of at most {pass_tokens} tokens; gradient checkpointing {"on" if checkpointing else "off"}: {why}')
+        print(f'passes of at most {pass_rows} {"rows" if pass_rows > 1 else "row"} and {pass_tokens} tokens; '
+              f'gradient checkpointing {"on" if checkpointing else "off"}: {why}')
     if not (val_rows or merge_only):
         print('no val_data_path: no validation pass')
     if resume:
@@ -1200,7 +1226,7 @@ if __name__ == '__main__':
             divisor = tokens = count(batch)
             if name == 'retain' and retain_divisor == 'published':  # every position, pads too, and the embedding as one more state
                 divisor = rows_a_step * max_seq_length * (len(model.layers) + 1) / len(model.layers)
-            batches = list(passes(model, batch, batch_size, pass_tokens, device, rank, world, soft))
+            batches = list(passes(model, batch, pass_rows, pass_tokens, device, rank, world, soft))
             work.append(Work(name, run, batch, soft, batches, coeff, divisor, tokens))
 
         # forward and backward; nothing waits for the device before the one read at the end
@@ -1234,7 +1260,7 @@ if __name__ == '__main__':
             line = ('step {step:4d} | loss {loss:8.4f} | retain {retain_loss:7.4f} x {retain_coeff:5.2f} cos {retain_cos:6.3f} | '
                     'cb {cb_loss:6.4f} x {cb_coeff:5.2f} cos {cb_cos:6.3f} | grad {grad_norm:8.2e} | {seconds:6.1f} s').format(**record)
             if val_rows and (validated or last):
-                record |= validate(model, val_sets, loras, target_layers, batch_size, pass_tokens, device, rank, world, run_cb)
+                record |= validate(model, val_sets, loras, target_layers, pass_rows, pass_tokens, device, rank, world, run_cb)
                 line += ' | val retain {val_retain_loss:.4f} cos {val_retain_cos:.3f} cb {val_cb_loss:.4f} cos {val_cb_cos:.3f}'.format(**record)
             tqdm.write(line)
             print(json.dumps(record), file=log, flush=True)

@@ -8,7 +8,7 @@ Benchmarks; their figures stand in the README. Not collected by pytest.
 
 A step is retain and harmful rows forward and backward, clipping, AdamW and what the log reads, with the same weights, rows and seeds.
 The straightforward loop is that of the published code: peft's LoRA, AutoModelForCausalLM with its logits, all hidden states stacked,
-rows padded to the maximum. Times are medians in one process, the contestants taken in turn after a warm-up. Memory is taken in a
+rows padded to the maximum; each has the attention that it picks by itself. Times are medians in one process, the contestants taken in turn after a warm-up. Memory is taken in a
 fresh process each: CUDA's own peak, or the resident set's peak less what it was after the imports.
 """
 import argparse
@@ -206,7 +206,7 @@ def ceiling():
 def bench_step(shape, rounds, device, median, spread):
     """Prints the rows of the README's table for one shape, their ratios, and how far the two are apart."""
     import torch
-    blocks, targets, count, longest, _, config = SHAPES[shape]
+    blocks, targets, count, longest, _, _ = SHAPES[shape]
     rows = make_rows(shape, median, spread)
     real = [sum(len(row.ids) for row in batch) for batch in rows]
     step, theirs, _ = straightforward(shape, rows, device)

@@ -31,6 +31,7 @@ def arguments(model_dir, rows, tmp_path):
 def adapted(model_dir):
     """Three blocks of the tiny model with a LoRA whose B is not zero, and a ragged batch: model, {name: LoRA}, three rows of token ids."""
     model = cb_train.load_decoder(model_dir, 3, 'float32', 'cpu')
+    assert cb_train.can_pack(model, torch.randint(20, (2, 32)))
     loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 8, 0.0)
     torch.manual_seed(1)
     for lora in loras.values():
@@ -223,20 +224,46 @@ def test_flash_attention_is_asked_for_on_a_gpu_in_half_precision_where_it_is_ins
         assert [cb_train.attention(*each) for each in asked] == want
 
 
-def test_flash_attention_is_told_where_the_packed_rows_end(adapted, monkeypatch):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+def test_flash_attention_is_told_where_the_packed_rows_end_and_reads_nothing_back(adapted, monkeypatch):
+    from transformers import modeling_flash_attention_utils as flash
     model, _, rows = adapted
     want = [h for _, h, _ in cb_train.streams(model, packed(model, rows)[0], 3)]
 
-    def varlen(module, q, k, v, mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scaling, position_ids=None, **_):
-        """The arguments of transformers' flash attention that make it take a row from each end to the next; here by softmax."""
-        assert mask is None and position_ids is None and cu_seq_lens_q.tolist() == cu_seq_lens_k.tolist() == [0, 6, 10, 12] and max_length_q == max_length_k == 6
-        q, k, v = (x[0].repeat_interleave(q.shape[1] // x.shape[1], 0).split(cu_seq_lens_q.diff().tolist(), 1) for x in (q, k, v))
-        heads = [((a @ b.mT * scaling).masked_fill(torch.ones(a.shape[1], a.shape[1]).triu(1) > 0, -torch.inf).softmax(-1) @ c).mT for a, b, c in zip(q, k, v)]
-        return torch.cat(heads, 2).permute(2, 0, 1)[None], None
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, 'flash_attention_2', varlen)
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, **_):  # (T, heads, d), the kernel's own arguments
+        assert cu_seqlens_q.tolist() == cu_seqlens_k.tolist() == [0, 6, 10, 12] and max_seqlen_q == max_seqlen_k == 6 and cu_seqlens_q.dtype == torch.int32
+        q, k, v = (x.transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], 0).split([6, 4, 2], 1) for x in (q, k, v))
+        heads = [((a @ b.mT * softmax_scale).masked_fill(torch.ones(a.shape[1], a.shape[1]).triu(1) > 0, -torch.inf).softmax(-1) @ c) for a, b, c in zip(q, k, v)]
+        return torch.cat(heads, 1).transpose(0, 1)
+    monkeypatch.setattr(flash, 'lazy_import_flash_attention', lambda *_, **__: ((None, varlen, None, None, None), (
+        lambda **given: {'softmax_scale': given['softmax_scale'], **{name: given[name] for name in ('max_seqlen_q', 'max_seqlen_k') if name in given}}, None)))
     monkeypatch.setattr(model.config, '_attn_implementation_internal', 'flash_attention_2')
     assert all(close(h, other, 1e-5) for (_, h, _), other in zip(cb_train.streams(model, packed(model, rows)[0], 3), want))
+
+
+ONE_BY_ONE = {  # families that keep no packed rows apart: by a mask that no argument tells of, by arguments that do not arrive
+    'qwen2 moe': lambda: transformers.Qwen2MoeConfig(**SHAPE, num_experts=4, use_sliding_window=True, sliding_window=4, max_window_layers=4,
+                                                     shared_expert_intermediate_size=24, **MOE),
+    'stablelm': lambda: transformers.StableLmConfig(**SHAPE)}
+
+
+@pytest.mark.parametrize('family', ONE_BY_ONE)
+def test_a_family_that_cannot_keep_packed_rows_apart_gets_one_row_a_pass(run, arguments, tmp_path, family):
+    base = make_model_dir(tmp_path / 'base', config=ONE_BY_ONE[family]())
+    model = cb_train.load_decoder(base, 3, 'auto', 'cpu')
+    assert not cb_train.can_pack(model, torch.randint(20, (2, 9))) and model.config._attn_implementation == 'sdpa'
+    status, out, err = run('cb_train.py', *arguments, f'--model_name={base}', '--max_steps=2', '--batch_size=4')
+    assert status == 0 and 'passes of at most 1 row and' in out, err
+
+
+def test_a_family_that_computes_its_blocks_in_another_way_is_refused_in_one_line(adapted, monkeypatch, capsys):
+    model, _, _ = adapted
+    for wrong in (lambda *more, **named: (_ for _ in ()).throw(KeyError('x')), lambda *more, **named: torch.zeros(1)):
+        monkeypatch.setattr(model.layers[1], 'forward', wrong)
+        monkeypatch.setattr(cb_train, 'states', lambda model, rows: [torch.ones(*rows.shape, 32)] * 3)
+        with pytest.raises(SystemExit) as stop:
+            cb_train.can_pack(model, torch.randint(20, (2, 9)))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count('\n') == 1 and 'in another way' in err
 
 
 def test_what_the_backward_pass_keeps_is_counted_without_touching_the_random_numbers(ragged):
@@ -394,7 +421,8 @@ def test_a_family_walks_as_transformers_does_learns_and_merges_as_peft_does(run,
     loras = cb_train.add_lora(model, modules, [0, 1, 2], 4, 8, 0.0)
     rows = [[2, 4, 7, 8, 9, 3, 5, 10, 11, 12, 13, 3], [2, 12, 4, 4, 9, 8, 7], [2, 6], [2]]  # the first two longer than a sliding window
     ids = torch.tensor(rows[:1])
-    with torch.no_grad():
+    assert cb_train.can_pack(model, torch.randint(20, (2, 9))) == (family != 'gemma2 tied')  # whose attention is eager: one row a pass
+    with torch.no_grad(), cb_train.adapter_off(model):
         want = [whole(torch.tensor([row]), output_hidden_states=True, use_cache=False).hidden_states for row in rows]
         for (l, h, _), other in zip(cb_train.streams(model, packed(model, rows[:1])[0], 2), want[0][1:]):
             assert torch.equal(h, other)
