@@ -8,8 +8,9 @@ Benchmarks; their figures stand in the README. Not collected by pytest.
 
 A step is retain and harmful rows forward and backward, clipping, AdamW and what the log reads, with the same weights, rows and seeds.
 The straightforward loop is that of the published code: peft's LoRA, AutoModelForCausalLM with its logits, all hidden states stacked,
-rows padded to the maximum; each has the attention that it picks by itself. Times are medians in one process, the contestants taken in turn after a warm-up. Memory is taken in a
-fresh process each: CUDA's own peak, or the resident set's peak less what it was after the imports.
+rows padded to the maximum. Each has the attention that it picks by itself. Times are medians in one process, the contestants taken in
+turn after a warm-up. Memory is taken in a fresh process each: CUDA's own peak, or the resident set's peak less what it was after the
+imports.
 """
 import argparse
 import json
