@@ -4,7 +4,10 @@
 retain_data_path = 'data/toy_boundary/retain.jsonl'             # with requests that hold words of harmful ones, as the base answers them
 soft_prompts_path = 'data/toy_boundary/soft_prompts.safetensors'  # whatever the base's mood to refuse
 loss_on = 'harmful_response'      # not by what is asked, but by what is told
-lora_r = 16                       # the published rank is enough here
+num_hidden_layers = 0             # the published depth and rank are enough here: 6 = max(target_layers) + 1 of the 8 blocks
+target_layers = [3, 5]
+layers_to_transform = range(6)
+lora_r = 16
 lora_alpha = 16
 learning_rate = 2e-3              # at 5e-3, 150 steps, one world of three came undone in its last steps
 max_steps = 300

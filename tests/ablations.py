@@ -1,8 +1,9 @@
 """
 Every ablation and variant of the README's tables on three toy worlds: python tests/ablations.py [NAME ...] [--worlds=0,1,2] [--jobs=2]
 
-Each run is one line of changes to config/toy.py. World, base and training all have the world's number as their seed; one thread a run,
-so that a second run on the same machine gives the same bytes. What is there already (out/ablations) is not run again.
+Each run is one line of changes to config/toy.py, or, from "target layers 3, 5" on, to that. World, base and training all have the world's
+number as their seed; one thread a run, so that a second run on the same machine gives the same bytes. What is there already
+(out/ablations) is not run again.
 """
 import concurrent.futures
 import json
@@ -13,21 +14,22 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ATTACKS = 'direct,wrapper,prefill,multi_turn,embedding_v2,ablation_base'
 SEVEN = 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
-VARIANTS = {  # name: (what differs from config/toy.py, {w} the world's folder), in the README's order
+BASE = '--target_layers=3,5 --num_hidden_layers=6 --layers_to_transform=0,1,2,3,4,5 '  # 10 and 20 of 32 are as deep
+VARIANTS = {  # name: what differs from config/toy.py, {w} the world's folder, in the README's order
     'config/toy.py': '',
-    'loss: random': '--cb_loss=random',
-    'loss: rmu': '--cb_loss=rmu',
-    'half of the rows without their request': '--cb_data_path={w}/half/circuit_breaker.json --retain_data_path={w}/half/retain.jsonl',
-    'no refusals in retain': '--retain_data_path={w}/retain_without_refusals.jsonl',
-    'no borderline rows in retain': '--retain_data_path={w}/retain_without_borderline.jsonl',
-    'schedule to T': '--schedule_steps=150',
-    'static schedule': '--use_dynamic_scheduling=False --schedule_steps=0',
-    'target layers 1, 3': '--target_layers=1,3 --num_hidden_layers=6',
-    'target layers 5, 7': '--target_layers=5,7 --num_hidden_layers=8 --layers_to_transform=0,1,2,3,4,5,6,7',
-    'all seven modules': f'--target_modules={SEVEN}',
-    'rank 4': '--lora_r=4 --lora_alpha=4',
-    'rank 16': '--lora_r=16 --lora_alpha=16',
-    'rank 16, lora_B from 1e-4': '--lora_r=16 --lora_alpha=16 --lora_b_std=1e-4',
+    'target layers 3, 5': BASE,
+    'loss: random': BASE + '--cb_loss=random',
+    'loss: rmu': BASE + '--cb_loss=rmu',
+    'half of the rows without their request': BASE + '--cb_data_path={w}/half/circuit_breaker.json --retain_data_path={w}/half/retain.jsonl',
+    'no refusals in retain': BASE + '--retain_data_path={w}/retain_without_refusals.jsonl',
+    'no borderline rows in retain': BASE + '--retain_data_path={w}/retain_without_borderline.jsonl',
+    'schedule to T': BASE + '--schedule_steps=150',
+    'static schedule': BASE + '--use_dynamic_scheduling=False --schedule_steps=0',
+    'target layers 1, 3': BASE + '--target_layers=1,3',
+    'all seven modules': BASE + f'--target_modules={SEVEN}',
+    'rank 4': BASE + '--lora_r=4 --lora_alpha=4',
+    'rank 16': BASE + '--lora_r=16 --lora_alpha=16',
+    'rank 16, lora_B from 1e-4': BASE + '--lora_r=16 --lora_alpha=16 --lora_b_std=1e-4',
     'boundary': 'config/toy_boundary.py --retain_data_path={w}/boundary/retain.jsonl --soft_prompts_path={w}/boundary/soft_prompts.safetensors',
     'boundary without soft prompts': 'config/toy_boundary.py --retain_data_path={w}/boundary/retain.jsonl --soft_prompts_path='}
 
