@@ -376,9 +376,9 @@ def farthest(theirs, ours):
 @torch.no_grad()
 def can_pack(model, probe):
     """
-    Chooses the attention of all passes, as the walk over our own passes must have transformers' own states, in its own attention, within
-    rounding. True: packed rows have them, probe (2, T). False: only one row a pass does, because the family's attention or
-    recurrence would mix rows, or, eager, would keep every pair of a pass's tokens. Ends with one line if neither does.
+    Chooses the attention of all passes: our walk through the blocks must give transformers' own states, by its own attention, within
+    rounding. True: it does for packed rows, probe (2, T). False: only for one row a pass, because the family's attention or
+    recurrence mixes packed rows, or, eager, would keep every pair of their tokens. Ends with one line if for neither.
     """
     library, limit = model.config._attn_implementation, 1e-5 if model.dtype == torch.float32 else 2e-2
     for rows in (probe, probe[:1]) if library != 'eager' else (probe[:1],):
@@ -1168,7 +1168,7 @@ if __name__ == '__main__':
     with adapter_off(model):
         pass_rows = batch_size if can_pack(model, long_probe) else 1
     if not merge_only:
-        pass_tokens, checkpointing, why = plan(model, probe, longest, pass_rows, micro_batch_tokens, gradient_checkpointing)
+        pass_tokens, checkpointing, why = plan(model, probe[:pass_rows], longest, pass_rows, micro_batch_tokens, gradient_checkpointing)
 
     # the output directory is ours from here on, as soon as every rank has seen it: emptied, or cut back to the checkpoint
     summed(torch.zeros(1))
