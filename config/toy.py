@@ -10,14 +10,15 @@ templates_path = 'data/toy/templates.txt'
 turns_path = 'data/toy/turns.jsonl'
 output_dir = 'out/toy'
 
-num_hidden_layers = 8            # all of them
-target_layers = [5, 7]           # at [3, 5], as deep as 10 and 20 of 32, wrappers open one world of three
-layers_to_transform = range(8)
+num_hidden_layers = 0            # 6 = max(target_layers) + 1 of the 8 blocks
+target_layers = [3, 5]           # as deep as 10 and 20 of 32
+target_modules = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']  # attention alone leaves worlds open
+layers_to_transform = range(6)
 schedule_steps = 300             # the published ratio: twice the steps
 learning_rate = 5e-3             # at 1e-3 nothing happens in 150 steps: a small model needs larger ones
 max_steps = 150
 batch_size = 16
-lora_r = 64                      # at rank 16 more of them do
+lora_r = 64                      # at rank 16 more of them
 lora_alpha = 64
 lora_b_std = 0.02                # from an exact zero it is luck whether, and when, the cosine finds a slope
 micro_batch_tokens = 2048        # all 16 rows in one pass: they are short

@@ -4,9 +4,7 @@
 retain_data_path = 'data/toy_boundary/retain.jsonl'             # with requests that hold words of harmful ones, as the base answers them
 soft_prompts_path = 'data/toy_boundary/soft_prompts.safetensors'  # whatever the base's mood to refuse
 loss_on = 'harmful_response'      # not by what is asked, but by what is told
-num_hidden_layers = 0             # the published depth and rank are enough here: 6 = max(target_layers) + 1 of the 8 blocks
-target_layers = [3, 5]
-layers_to_transform = range(6)
+target_modules = ['q_proj', 'k_proj', 'v_proj', 'o_proj']  # the published modules and rank are enough here
 lora_r = 16
 lora_alpha = 16
 learning_rate = 2e-3              # at 5e-3, 150 steps, one world of three came undone in its last steps

@@ -1,7 +1,7 @@
 """
 Every ablation and variant of the README's tables on three toy worlds: python tests/ablations.py [NAME ...] [--worlds=0,1,2] [--jobs=2]
 
-Each run is one line of changes to config/toy.py, or, from "target layers 3, 5" on, to that. World, base and training all have the world's
+Each run is one line of changes to config/toy.py, or, from "attention alone" on, to that. World, base and training all have the world's
 number as their seed; one thread a run, so that a second run on the same machine gives the same bytes. What is there already
 (out/ablations) is not run again.
 """
@@ -13,11 +13,10 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ATTACKS = 'direct,wrapper,prefill,multi_turn,embedding_v2,ablation_base'
-SEVEN = 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
-BASE = '--target_layers=3,5 --num_hidden_layers=6 --layers_to_transform=0,1,2,3,4,5 '  # 10 and 20 of 32 are as deep
+BASE = '--target_modules=q_proj,k_proj,v_proj,o_proj '  # the published modules
 VARIANTS = {  # name: what differs from config/toy.py, {w} the world's folder, in the README's order
     'config/toy.py': '',
-    'target layers 3, 5': BASE,
+    'attention alone': BASE,
     'loss: random': BASE + '--cb_loss=random',
     'loss: rmu': BASE + '--cb_loss=rmu',
     'half of the rows without their request': BASE + '--cb_data_path={w}/half/circuit_breaker.json --retain_data_path={w}/half/retain.jsonl',
@@ -26,7 +25,7 @@ VARIANTS = {  # name: what differs from config/toy.py, {w} the world's folder, i
     'schedule to T': BASE + '--schedule_steps=150',
     'static schedule': BASE + '--use_dynamic_scheduling=False --schedule_steps=0',
     'target layers 1, 3': BASE + '--target_layers=1,3',
-    'all seven modules': BASE + f'--target_modules={SEVEN}',
+    'target layers 5, 7': BASE + '--target_layers=5,7 --num_hidden_layers=8 --layers_to_transform=0,1,2,3,4,5,6,7',
     'rank 4': BASE + '--lora_r=4 --lora_alpha=4',
     'rank 16': BASE + '--lora_r=16 --lora_alpha=16',
     'rank 16, lora_B from 1e-4': BASE + '--lora_r=16 --lora_alpha=16 --lora_b_std=1e-4',
