@@ -24,7 +24,7 @@ VARIANTS = {  # name: what differs from config/toy.py, {w} the world's folder, i
     'no borderline rows in retain': BASE + '--retain_data_path={w}/retain_without_borderline.jsonl',
     'schedule to T': BASE + '--schedule_steps=150',
     'static schedule': BASE + '--use_dynamic_scheduling=False --schedule_steps=0',
-    'target layers 1, 3': BASE + '--target_layers=1,3',
+    'target layers 1, 3': BASE + '--target_layers=1,3 --num_hidden_layers=6',
     'target layers 5, 7': BASE + '--target_layers=5,7 --num_hidden_layers=8 --layers_to_transform=0,1,2,3,4,5,6,7',
     'rank 4': BASE + '--lora_r=4 --lora_alpha=4',
     'rank 16': BASE + '--lora_r=16 --lora_alpha=16',
