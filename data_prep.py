@@ -458,15 +458,15 @@ def learn_soft_prompt(model, rows, rng, length, lr, steps, batch_size=16):
     A universal soft prompt (S, D), float32, under which, anywhere before the answer, the model gives the harmful rows' answers instead of refusing:
     Adam on their cross-entropy from random words (arXiv 2402.09063). rows: (ids, first token of the answer).
     """
-    embed = model.get_input_embeddings()
-    words = torch.tensor([rng.randrange(len(embed.weight)) for _ in range(length)], device=model.device)
-    soft = embed(words).detach().float().requires_grad_()  # (S, D)
+    from cb_eval import embedded
+    vocabulary = len(model.get_input_embeddings().weight)
+    soft = embedded(model, [rng.randrange(vocabulary) for _ in range(length)]).float().requires_grad_()  # (S, D)
     optimizer = torch.optim.Adam([soft], lr=lr)
     for _ in range(steps):
         some = rng.sample(rows, min(batch_size, len(rows)))
         count, total = sum(len(ids) - start for ids, start in some), 0.0
         for ids, start in some:  # one at a time: little memory
-            x, at = embed(torch.tensor(ids, device=model.device)).detach(), rng.randint(1, start)
+            x, at = embedded(model, ids), rng.randint(1, start)
             logits = model(inputs_embeds=torch.cat([x[:at], soft.to(x.dtype), x[at:]])[None], use_cache=False).logits[0]  # (S + T, V)
             loss = F.cross_entropy(logits[start + length - 1:-1].float(), torch.tensor(ids[start:], device=model.device), reduction='sum') / count
             loss.backward()

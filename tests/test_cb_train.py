@@ -224,7 +224,7 @@ def test_flash_attention_is_asked_for_on_a_gpu_in_half_precision_where_it_is_ins
         assert [cb_train.attention(*each) for each in asked] == want
 
 
-def test_flash_attention_is_told_where_the_packed_rows_end_and_reads_nothing_back(adapted, monkeypatch):
+def test_flash_attention_is_told_where_the_packed_rows_end(adapted, monkeypatch):
     from transformers import modeling_flash_attention_utils as flash
     model, _, rows = adapted
     want = [h for _, h, _ in cb_train.streams(model, packed(model, rows)[0], 3)]
