@@ -1,41 +1,56 @@
 """
-Python-file configs and --key=value overrides, after nanoGPT, with an engine that knows types.
+Options: Python config files and --key=value, after nanoGPT; and how every script ends and writes its output folder.
 
     python cb_train.py config/llama3.py --max_steps=150 --target_layers 5,6 --overwrite=True
 
-A script keeps its options, one `name = value  # comment` a line, between two lines `# -----`. The default's type decides
-what is accepted. Config files are Python (they are executed: run only those you trust); later files win, and the command
-line wins over all files. A config file may serve several scripts: it may set the options of any script beside this one,
-while the command line takes only the options of the script that is run. A mistake is one line and exit status 2.
+A script keeps its options, one `name = value  # comment` a line, between two lines `# -----`. The default's type
+decides what is accepted. A comment may begin with a constraint and a colon; of a list every element must satisfy it:
+
+    max_steps = 150     # >= 1: optimizer steps
+    dropout = 0.05      # >= 0, < 1: on the adapter's input
+    device = 'auto'     # auto | cpu | cuda | cuda:N | mps: N stands for digits
+
+Config files are Python (they are executed: run only those you trust). Later files win, the command line wins over all.
+A file may set options of any script beside this one, the command line only those of the script that is run.
 """
 import ast
+import collections
 import difflib
 import errno
 import glob
+import json
 import math
+import operator
 import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 import traceback
 import types
 
+import filelock
+
 FENCE = re.compile(r'# -{20,}\n(.*?)^# -{20,}\n', re.S | re.M)
+BOUND = re.compile(r'(>=|<=|>|<) (-?[\d.]+)')
+BOUNDS = {'>=': ('at least', operator.ge), '>': ('more than', operator.gt),
+          '<=': ('at most', operator.le), '<': ('below', operator.lt)}
+Option = collections.namedtuple('Option', 'name default comment')  # a heading has no name
 
 
 def last_word(text):
     """
-    What a program that ends says, on stderr. Of torchrun's ranks on a machine only the first that ends has a say, whichever it is: the
-    others made the same mistake, or end because it is gone.
+    Prints what a program says as it ends, on stderr. Of torchrun's ranks on a machine only the first that ends prints:
+    the others made the same mistake, or end because the first one did.
     """
-    folder = os.path.dirname(os.path.dirname(os.environ.get('TORCHELASTIC_ERROR_FILE', '')))  # all ranks', by torchrun, for this run alone
+    run_folder = os.path.dirname(os.path.dirname(os.environ.get('TORCHELASTIC_ERROR_FILE', '')))  # of all ranks
     try:
-        if folder:
-            os.close(os.open(os.path.join(folder, 'last_word'), os.O_CREAT | os.O_EXCL))
+        if run_folder:
+            os.close(os.open(os.path.join(run_folder, 'last_word'), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
-    except OSError:  # nowhere to agree: better twice than not at all
+    except OSError:  # the ranks cannot agree: twice is better than not at all
         pass
     print(text, file=sys.stderr if os.environ.get('RANK', '0') == '0' else sys.__stderr__, flush=True)
 
@@ -47,53 +62,123 @@ def fail(message):
 
 
 def fault(kind, error, trace):
-    """A sys.excepthook: what the machine does to a run is one line, and the exit status 1; a traceback is for bugs."""
-    text = str(error.args[0][0][2] if issubclass(kind, shutil.Error) else error)  # copytree gathers one a file
+    """A sys.excepthook: what the machine does to a run is one line and exit status 1; a traceback is for bugs."""
+    text = str(error.args[0][0][2] if issubclass(kind, shutil.Error) else error)  # copytree gathers one error a file
     if kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError) or "can't allocate memory" in text:
-        line = ('out of memory: set gradient_checkpointing=True or lower micro_batch_tokens, and go on with --resume=True where there is a checkpoint; '
-                'or lower max_seq_length; for cb_eval.py, lower eval_batch_size')
+        line = ('out of memory: set gradient_checkpointing=True or lower micro_batch_tokens, and go on with '
+                '--resume=True where there is a checkpoint; or lower max_seq_length; for cb_eval.py, eval_batch_size')
     elif issubclass(kind, OSError) or kind.__name__ == 'SafetensorError':
-        full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search('No space|File too large|quota', text)
-        line = (f'{"the disk is full" if full else "the disk failed"}: {text}; the output that was there before is whole, and a training run goes on '
-                'from its last checkpoint with --resume=True')
+        full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = full or re.search('No space|File too large|quota', text)
+        line = (f'{"the disk is full" if full else "the disk failed"}: {text}; the output that was there before is '
+                'whole, and a training run goes on from its last checkpoint with --resume=True')
     elif issubclass(kind, KeyboardInterrupt):
         line = 'interrupted: the output that was there before is whole'
-    elif kind.__name__.startswith('Dist') or 'gloo' in text:  # torch's DistBackendError, ..., or RuntimeError
-        line = 'lost another rank, which died or was killed: torchrun says below which; go on from the last checkpoint with --resume=True'
+    elif kind.__name__.startswith('Dist') or 'gloo' in text:  # torch's DistBackendError, ..., or a RuntimeError of gloo
+        line = ('lost another rank, which died or was killed: torchrun says below which; '
+                'go on from the last checkpoint with --resume=True')
     else:
         return last_word(''.join(traceback.format_exception(kind, error, trace)).rstrip())
-    last_word(f'fault: {"rank " + os.environ["RANK"] + ": " if "RANK" in os.environ else ""}' + ' '.join(line.split()))
+    rank = f'rank {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''
+    last_word(f'fault: {rank}' + ' '.join(line.split()))
+
+
+def check_output(option, folder, marks, overwrite, resume=False):
+    """
+    Ends with one line if folder, folder.partial or folder.old holds what may not be replaced, or folder cannot be made.
+    marks: names of files of which every folder that this project writes holds one; no other folder is ever replaced.
+    """
+    may_replace = {folder: overwrite, folder + '.partial': overwrite or resume, folder + '.old': True}
+    for path, allowed in may_replace.items():
+        ours = any(os.path.exists(os.path.join(path, name)) for name in marks)
+        empty = os.path.isdir(path) and not os.listdir(path)
+        if os.path.lexists(path) and not empty and not (ours and allowed):
+            ways = ', or add --overwrite=True to replace it' if ours else ' or move it, no run wrote it'
+            if os.path.exists(os.path.join(path, 'checkpoint.safetensors')):
+                ways += ', or --resume=True to go on'
+            fail(f'{option}: {path} is there already; choose another{ways}')
+    parent = os.path.dirname(os.path.abspath(folder))
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+        fail(f'{option}: {parent} is no folder that can be written; choose another')
+
+
+def publish(partial, folder):
+    """Renames a complete folder to its own name. The folder that had this name goes last, by way of folder.old."""
+    shutil.rmtree(folder + '.old', ignore_errors=True)
+    if os.path.exists(folder):
+        os.rename(folder, folder + '.old')
+    os.rename(partial, folder)
+    shutil.rmtree(folder + '.old', ignore_errors=True)
+
+
+def catch_signals():
+    """A list that receives 'SIGINT' and 'SIGTERM' as they arrive, from now on, so that what is being done can be finished."""
+    names = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: names.append(signal.Signals(number).name))
+    return names
+
+
+def stop_at_signals():
+    """From now on SIGINT and SIGTERM end the program with one line and exit status 128 + their number."""
+    def stop(number, frame):
+        last_word(f'{signal.Signals(number).name}: stopped; a checkpoint, if there is one, is whole: go on with the same '
+                  'command and --resume=True')
+        sys.exit(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def locked(option, partial):
+    """The lock on folder.partial, held by one run at a time. One line and the end if another run has it."""
+    lock = filelock.FileLock(os.path.join(partial, 'lock'))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        fail(f'{option}: another run is writing {partial}; wait for it or choose another')
+    return lock
+
+
+def write_json(path, value):
+    """Writes a value as indented JSON."""
+    with open(path, 'w', encoding='utf-8') as f:
+        f.write(json.dumps(value, indent=2) + '\n')
 
 
 def options(script):
-    """The fenced block of a script as [(name or None, default, comment)], in order; None marks a heading. No fence: []."""
+    """A list of Option, the fenced block of a script line by line; [] if it has none."""
     fenced = FENCE.search(open(script, encoding='utf-8').read())
     rows = []
     for line in fenced[1].splitlines() if fenced else []:
         code, _, comment = line.partition('#')  # so a default may not hold a '#'
-        if '=' in code:
-            name, value = code.split('=', 1)
-            rows.append((name.strip(), ast.literal_eval(value.strip()), comment.strip()))
+        name, equals, value = code.partition('=')
+        if equals:
+            rows.append(Option(name.strip(), ast.literal_eval(value.strip()), comment.strip()))
         elif comment:
-            rows.append((None, None, comment.strip()))
+            rows.append(Option('', None, comment.strip()))
     return rows
+
+
+def element_of(default):
+    """What decides the type of a list's elements: the first of its default. An empty default is a list of whole numbers."""
+    return default[0] if default else 0
 
 
 def kind(default):
     """The type of an option in words, for messages."""
     if isinstance(default, list):
-        return f'a list of {type((default or [""])[0]).__name__}, as 5,6 or [5,6]'
+        return f'a list of {type(element_of(default)).__name__}, as 5,6 or [5,6]'
     return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}[type(default)]
 
 
 def checked(value, default):
-    """A Python value as the type of `default` (int for a float, 1e3 for an int, 0 / 1 for a bool); ValueError if it is not."""
+    """A Python value as the type of default (int for a float, 1e3 for an int, 0 / 1 for a bool), or ValueError."""
     if isinstance(default, list) and isinstance(value, (list, tuple, range)):
-        return [checked(v, (default or [''])[0]) for v in value]
+        return [checked(v, element_of(default)) for v in value]
     if isinstance(default, str) and isinstance(value, str):
         return value
-    if default == 'auto' and isinstance(value, bool):  # a switch that may be left to the script
-        return str(value)
     if isinstance(default, bool) and value in (0, 1):
         return bool(value)
     if isinstance(default, (int, float)) and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -105,77 +190,106 @@ def checked(value, default):
 
 
 def parsed(text, default):
-    """The text behind --key= as the type of `default`; ValueError if it cannot be read so."""
+    """The text behind --key= as the type of default; ValueError or KeyError if it cannot be read so."""
     if isinstance(default, str):
         return text
     if isinstance(default, list):
         parts = re.sub(r'^\[(.*)\]$', r'\1', text.strip()).split(',')
-        return [parsed(p.strip().strip('"\''), (default or [''])[0]) for p in parts if p.strip()]
+        return [parsed(part.strip().strip('"\''), element_of(default)) for part in parts if part.strip()]
     if isinstance(default, bool):
         return {'true': True, '1': True, 'false': False, '0': False}[text.strip().lower()]
     return checked(int(text) if re.fullmatch(r'\s*[+-]?\d+\s*', text) else float(text), default)
 
 
+def check_constraint(name, value, comment):
+    """Ends with one line if a value, or an element of a list, breaks the constraint at the start of the comment."""
+    if match := re.match(rf'{BOUND.pattern}(, {BOUND.pattern})*:( |$)', comment):
+        bounds = BOUND.findall(match[0])
+        wanted = ' and '.join(f'{BOUNDS[sign][0]} {limit}' for sign, limit in bounds)
+        holds = lambda element: all(BOUNDS[sign][1](element, float(limit)) for sign, limit in bounds)
+    elif match := re.match(r'([\w:.-]+(?: \| [\w:.-]+)+):( |$)', comment):
+        choices = match[1].split(' | ')
+        wanted = f'{", ".join(choices[:-1])} or {choices[-1]}'
+        pattern = '|'.join(re.sub(r'\bN\b', r'\\d+', re.escape(choice)) for choice in choices)
+        holds = lambda element: re.fullmatch(pattern, str(element))
+    else:
+        return
+    for element in value if isinstance(value, list) else [value]:
+        if not holds(element):
+            fail(f'{name}{": " if isinstance(value, list) else "="}{element} found, {wanted} wanted')
+
+
+def check_name(name, where, names):
+    """Ends with one line, with the nearest of names if one is near, unless name is one of them."""
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        fail(f'{where}: there is no option {name!r}; {f"did you mean {close[0]}?" if close else "see --help"}')
+
+
+def file_options(path, defaults, known):
+    """{name: value}, what a config file sets of `defaults`; it may also set what is in `known`, for other scripts."""
+    if not path.endswith('.py'):
+        fail(f'command line: {path!r} is neither --option=value nor a config file (*.py)')
+    if not os.path.isfile(path):
+        fail(f'command line: there is no config file {path}')
+    try:
+        values = runpy.run_path(path)
+    except Exception as e:  # the file is a program: whatever stops it, the user hears of it in one line
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        line = getattr(e, 'lineno', None) or (lines or ['?'])[-1]
+        fail(f'{path}: line {line}: {type(e).__name__}: {getattr(e, "msg", e)}')
+    found = {}
+    for name, value in values.items():
+        if name.startswith('_') or isinstance(value, (types.ModuleType, types.FunctionType)):
+            continue
+        check_name(name, path, known)
+        if name in defaults:
+            try:
+                found[name] = checked(value, defaults[name])
+            except (ValueError, OverflowError):
+                fail(f'{path}: {name} = {value!r} found, {kind(defaults[name])} wanted')
+    return found
+
+
 def configure(script, argv):
     """
-    The options of `script` (its path): its fenced defaults, then the config files in argv, then the --key=value of argv.
-    Returns {name: value} in the script's order. Any mistake: one line and exit status 2. --help: prints and exits 0.
+    {name: value}, the options of `script` (its path) in its order: its defaults, then the config files in argv, then
+    the --key=value of argv. Any mistake: one line and exit status 2. --help: prints and exits 0.
     """
     rows = options(script)
-    own = {name: default for name, default, _ in rows if name}
-    known = set(own)  # and, in a file, what the scripts beside this one know
+    defaults = {option.name: option.default for option in rows if option.name}
+    known = set(defaults)
     for path in glob.glob(os.path.join(os.path.dirname(os.path.abspath(script)), '*.py')):
         try:
-            known |= {name for name, _, _ in options(path) if name}
+            known |= {option.name for option in options(path) if option.name}
         except (ValueError, SyntaxError, OSError):  # somebody's own script, with a default that is no literal
             pass
-    config, given = dict(own), {}
 
-    def unknown(name, where, names):
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f'did you mean {close[0]}?' if close else f'see python {os.path.basename(script)} --help'
-        fail(f'{where}: there is no option {name!r}; {hint}')
-
-    args, wants_help = list(argv), False
-    while args:
-        arg = args.pop(0)
-        if arg in ('--help', '-h'):
+    from_files, from_line, arguments, wants_help = {}, {}, list(argv), False
+    while arguments:
+        argument = arguments.pop(0)
+        if argument in ('--help', '-h'):
             wants_help = True
-        elif arg.startswith('--'):
-            name, equals, text = arg[2:].partition('=')
-            if name not in own:
-                unknown(name, 'command line', own)
-            if not equals and (not args or args[0].startswith('--')):
-                fail(f'command line: --{name} has no value; write --{name}=VALUE ({kind(own[name])})')
-            text = text if equals else args.pop(0)
+        elif argument.startswith('--'):
+            name, equals, text = argument[2:].partition('=')
+            check_name(name, 'command line', defaults)
+            if not equals and (not arguments or arguments[0].startswith('--')):
+                fail(f'command line: --{name} has no value; write --{name}=VALUE ({kind(defaults[name])})')
+            text = text if equals else arguments.pop(0)
             try:
-                given[name] = parsed(text, own[name])
+                from_line[name] = parsed(text, defaults[name])
             except (ValueError, KeyError, OverflowError):
-                fail(f'command line: --{name}={text} found, {kind(own[name])} wanted')
-        elif not arg.endswith('.py'):
-            fail(f'command line: {arg!r} is neither --option=value nor a config file (*.py)')
-        elif not os.path.isfile(arg):
-            fail(f'command line: there is no config file {arg}')
+                fail(f'command line: --{name}={text} found, {kind(defaults[name])} wanted')
         else:
-            try:
-                values = runpy.run_path(arg)
-            except Exception as e:  # the file is a program: whatever stops it, the user hears of it in one line
-                lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == arg]
-                fail(f'{arg}: line {getattr(e, "lineno", None) or (lines or ["?"])[-1]}: {type(e).__name__}: {getattr(e, "msg", e)}')
-            for name, value in values.items():
-                if name.startswith('_') or isinstance(value, (types.ModuleType, types.FunctionType)):
-                    continue
-                if name not in known:
-                    unknown(name, arg, known)
-                if name in own:
-                    try:
-                        config[name] = checked(value, own[name])
-                    except (ValueError, OverflowError):
-                        fail(f'{arg}: {name} = {value!r} found, {kind(own[name])} wanted')
-    config.update(given)
+            from_files |= file_options(argument, defaults, known)
+    config = defaults | from_files | from_line
     if wants_help:
-        print((ast.get_docstring(ast.parse(open(script, encoding='utf-8').read())) or '').strip() + '\n\noptions (current values)')
+        doc = ast.get_docstring(ast.parse(open(script, encoding='utf-8').read())) or ''
+        print(f'{doc.strip()}\n\noptions (current values)')
         for name, _, comment in rows:
             print(f'  --{name}={config[name]!r:<24} {comment}' if name else f'\n  {comment}')
         sys.exit(0)
+    for option in rows:
+        if option.name:
+            check_constraint(option.name, config[option.name], option.comment)
     return config

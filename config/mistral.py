@@ -3,7 +3,8 @@
 #
 # Batch: 16 + 16 rows of up to 1024 tokens, 150 steps. 32 blocks of width 4096, 21 kept.
 # Published cost: 20 minutes on one A100-80GB. Ours, predicted: 14-19 GB with gradient_checkpointing; not measured.
-# Published result (HarmBench, 240 behaviours): average ASR 76.7 -> 9.8 %; MT-Bench 7.60 -> 7.53; prefilling 95.0 -> 4.9 %.
+# Published result (HarmBench, 240 behaviours): average ASR 76.7 -> 9.8 %; MT-Bench 7.60 -> 7.53; prefilling 95.0 ->
+# 4.9 %.
 model_name = 'mistralai/Mistral-7B-Instruct-v0.2'  # gated: accept its terms on the hub, then hf auth login
 cb_data_path = 'data/mistral/circuit_breaker.json'
 retain_data_path = 'data/mistral/retain.jsonl'
@@ -17,6 +18,10 @@ batch_size = 16
 max_seq_length = 1024
 cb_lengths = [512, 512]
 retain_divisor = 'published'
+retain_distance = 'absolute'     # as published
+lora_scale = 'absolute'
+lora_start = 0.0
+gradient_checkpointing = True
 num_retain_examples = 100000
 num_cb_examples = 10000
 

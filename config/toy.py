@@ -1,6 +1,7 @@
 # The toy world on a laptop: python data_prep.py toy && python cb_train.py config/toy.py && python cb_eval.py config/toy.py
-# 1.2 M parameters, 8 blocks; half a minute of training on 2 CPU cores (measured). Expected at the end: retain about 0.6, cb about 0.3.
-# cb does not reach 0: the chat prefix and the requests, which refusals in the retain set hold in place, are part of it.
+# 1.2 M parameters, 8 blocks; half a minute of training on 2 CPU cores (measured). Expected at the end: retain about
+# 0.6, cb about 0.3. cb does not reach 0: the chat prefix and the requests, which refusals in the retain set hold in
+# place, are part of it.
 model_name = 'data/toy/base'
 cb_data_path = 'data/toy/circuit_breaker.json'
 retain_data_path = 'data/toy/retain.jsonl'

@@ -3,7 +3,7 @@ Benchmarks; their figures stand in the README. Not collected by pytest.
 
     python tests/bench.py tiny small                # a training step: the straightforward loop against this project, on the CPU
     python tests/bench.py llama3-8b llama3-70b      # the same on a GPU, random weights made there
-    python tests/bench.py launch                    # from the command to the first step, 15,000 rows, token ids cached and not
+    python tests/bench.py launch                    # from the command to the first step of a run on 15,000 rows
     python tests/bench.py merge                     # merging into a 4.4 GB checkpoint of 4 shards: time against a plain copy, memory
 
 A step is retain and harmful rows forward and backward, clipping, AdamW and what the log reads, with the same weights, rows and seeds.
@@ -23,9 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+
+import configurator
 
 
 def memory(field):
@@ -71,7 +74,8 @@ def make_rows(shape, median, spread):
     _, _, count, longest, _, config = SHAPES[shape]
     draw, normal = random.Random(0), statistics.NormalDist(0, spread)
     lengths = [min(longest, round(longest * median * math.exp(normal.inv_cdf((i + 0.5) / count)))) for i in range(count)]
-    return [[cb_train.Row([draw.randrange(config['vocab_size']) for _ in range(n)], 0) for n in draw.sample(lengths, count)] for _ in range(2)]
+    ids = lambda n: [draw.randrange(config['vocab_size']) for _ in range(n)]
+    return [[cb_train.Row(ids(n), [1] * n, '') for n in draw.sample(lengths, count)] for _ in range(2)]
 
 
 def straightforward(shape, rows, device, dropout=LORA['dropout']):
@@ -128,36 +132,44 @@ def adopt(model, source):
 
 
 def ours(shape, rows, device, dropout=LORA['dropout'], source=None):
-    """This project's step by its own functions and defaults, as straightforward gives it; the weights are those of `source`, if given."""
+    """
+    This project's step by its own functions, as straightforward gives it: the absolute distance, and every token counts. The weights
+    are those of `source`, if given.
+    """
     import torch
     from transformers import AutoModel
 
     import cb_train
     blocks, targets, count, longest, _, _ = SHAPES[shape]
+    c = types.SimpleNamespace(**configurator.configure(cb_train.__file__, []), rank=0, world=1)
+    c.device, c.target_layers, c.batch_size, c.retain_distance, c.lorra_alpha = device, targets, count, 'absolute', WEIGHT
+    c.micro_batch_tokens, c.use_dynamic_scheduling = (512 if device == 'cpu' else 2048), False
     torch.manual_seed(0)
-    dtype = 'float32' if device == 'cpu' else 'bfloat16'
     with torch.device('meta' if source else device):
-        model = AutoModel.from_config(make_config(shape, blocks), dtype=dtype, attn_implementation=cb_train.attention(dtype, device) or 'packed').eval()
+        dtype = 'float32' if device == 'cpu' else 'bfloat16'
+        model = AutoModel.from_config(make_config(shape, blocks), dtype=dtype).eval()
     if source:
         adopt(model, source)
-    named = cb_train.add_lora(model, MODULES, range(blocks), LORA['r'], LORA['alpha'], dropout)
-    loras = list(named.values())
-    parameters = [p for lora in loras for p in (lora.lora_A, lora.lora_B)]
+    loras = cb_train.add_lora(model, MODULES, range(blocks), LORA['r'], LORA['alpha'], dropout)
+    parameters = [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
-    probe = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(0)).to(device)
-    tokens, checkpointing, _ = cb_train.plan(model, probe, max(len(row.ids) for row in rows[0]), count, 0, 'auto')
+    sets = dict(zip(('retain', 'harmful'), rows))
+    streams = cb_train.make_streams(c, sets, sets, blocks, model.config.hidden_size)
 
     def step(update=True):
-        work = [(run, list(cb_train.passes(model, batch, count, tokens, device)), cb_train.count(batch))
-                for run, batch in zip((cb_train.retain_pass, cb_train.cb_pass), rows)]
-        sums = [cb_train.add_gradient(run, model, batches, targets, WEIGHT / real, checkpointing)[0] / real for run, batches, real in work]
+        losses = []
+        for stream in streams:
+            divisor = stream.divisor(stream.rows)
+            batches, weight = cb_train.my_batches(stream.rows, c), stream.coefficient(0) / divisor
+            losses.append(cb_train.run_stream(model, loras, stream, batches, c, weight)[0] / divisor)
         if update:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        return torch.stack(sums).tolist()
-    step.computed = sum(mask.numel() for batch in rows for _, mask in cb_train.passes(model, batch, count, tokens, device))
-    return step, model, {name: (lora.lora_A, lora.lora_B) for name, lora in named.items()}
+        return torch.stack(losses).tolist()
+    passes = [batch for stream in streams for batch in cb_train.my_batches(stream.rows, c)]
+    step.computed = sum(len(batch) * len(batch[0].ids) for batch in passes)
+    return step, model, {name: (lora.lora_A, lora.lora_B) for name, lora in loras.items()}
 
 
 CONTESTANTS = {'straightforward': straightforward, 'this project': ours}
@@ -318,8 +330,8 @@ def make_world(folder, harmful=5000, benign=10000):
         with open(os.path.join(folder, f'{name}.json'), 'w') as f:
             json.dump(some, f)
     return [f'--model_name={folder}/base', f'--cb_data_path={folder}/cb.json', f'--retain_data_path={folder}/retain.json', f'--num_cb_examples={harmful}',
-            f'--num_retain_examples={benign}', f'--output_dir={folder}/out', '--overwrite=True', '--device=cpu', '--num_hidden_layers=0',
-            '--target_layers=2', '--layers_to_transform=0,1,2', '--max_steps=1', '--max_seq_length=1024']
+            f'--num_retain_examples={benign}', f'--output_dir={folder}/out', '--overwrite=True', '--device=cpu',
+            '--target_layers=2', '--max_steps=1', '--max_seq_length=1024']
 
 
 def bench_launch(rounds=3):
@@ -333,16 +345,11 @@ def bench_launch(rounds=3):
         return time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments, found = make_world(folder), {'imports': [], 'first': [], 'again': []}
-        os.environ['XDG_CACHE_HOME'] = os.path.join(folder, 'cache')
-        for _ in range(rounds):
-            found['imports'].append(seconds('-c', 'import torch, transformers; from transformers import AutoModel, LlamaModel'))
-            shutil.rmtree(os.environ['XDG_CACHE_HOME'], ignore_errors=True)
-            for name in ('first', 'again'):
-                found[name].append(seconds(os.path.join(ROOT, 'cb_train.py'), *arguments))
-    imports, first, again = (statistics.median(found[name]) for name in ('imports', 'first', 'again'))
-    print(f'from the command to the first step, 15,000 rows, median of {rounds}: {first:.1f} s; {again:.1f} s once the token ids are cached; '
-          f'of that importing torch and transformers {imports:.1f} s')
+        arguments = make_world(folder)
+        imports = [seconds('-c', 'import torch, transformers; from transformers import AutoModel, LlamaModel') for _ in range(rounds)]
+        first = [seconds(os.path.join(ROOT, 'cb_train.py'), *arguments) for _ in range(rounds)]
+    print(f'from the command to the first step, 15,000 rows, median of {rounds}: {statistics.median(first):.1f} s; of that importing torch '
+          f'and transformers {statistics.median(imports):.1f} s')
 
 
 if __name__ == '__main__':

@@ -6,13 +6,12 @@ import os
 import runpy
 import signal
 import sys
-import tempfile
 
-CACHE = tempfile.TemporaryDirectory()  # nothing is read from or left in the user's own
-os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_DISABLE_PROGRESS_BARS': '1', 'XDG_CACHE_HOME': CACHE.name}
+os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_DISABLE_PROGRESS_BARS': '1'}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import filelock
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,8 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 WORDS = 'red green blue one two three please tell me about apples pears plums yes no'.split()
 
 
-SHAPE = dict(vocab_size=6 + len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-             bos_token_id=2, eos_token_id=3, pad_token_id=0, initializer_range=0.2)
+SHAPE = dict(vocab_size=6 + len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, bos_token_id=2, eos_token_id=3, pad_token_id=0, initializer_range=0.2)
 
 
 def make_model_dir(path, dtype=torch.float32, shard='30KB', config=None):
@@ -92,8 +91,11 @@ def run(monkeypatch, capsys):
             sys.excepthook = hook
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            for item in gc.get_objects():  # a process that ends closes its files
-                if type(item) is io.TextIOWrapper and not item.closed and str(getattr(item.buffer, 'name', '')).endswith('log.jsonl'):
-                    item.close()
+            for item in gc.get_objects():  # a process that ends closes its files and gives back its locks
+                if type(item) is io.TextIOWrapper and not item.closed:
+                    if str(getattr(item.buffer, 'name', '')).endswith('log.jsonl'):
+                        item.close()
+                elif type(item) is filelock.FileLock:
+                    item.release(force=True)
         return status, *capsys.readouterr()
     return go

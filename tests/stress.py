@@ -69,7 +69,7 @@ def outcome(out):
             if name == 'log.jsonl':
                 data = [{k: v for k, v in json.loads(line).items() if k != 'seconds'} for line in data.splitlines()]
             if name == 'cb_config.json':
-                data = {k: v for k, v in json.loads(data).items() if k not in ('resume', 'output_dir')}
+                data = {k: v for k, v in json.loads(data).items() if k not in ('resume', 'output_dir', 'overwrite')}
             found[os.path.relpath(path, out)] = data
     found.pop('README.md')  # names the directory
     return found
@@ -103,6 +103,8 @@ def trial(arguments, out, rng, kind, duration):
                 wanted = False
             if kind == 'random':
                 time.sleep(0.0005)
+        if status == 2 and kills and os.path.exists(os.path.join(out, 'config.json')):  # killed when all was done
+            return kills
         if status in (-signal.SIGKILL, -sent) or status == 128 + sent and '--resume=True' in open(errors).read().splitlines()[-1]:
             kills += 1
         elif status == 0:
@@ -119,8 +121,8 @@ def main(kills, disks, seed, folder):
     base = conftest.make_model_dir(os.path.join(folder, 'base'))
     conftest.write_rows(folder)
     arguments = [f'--model_name={base}', f'--cb_data_path={folder}/cb.json', f'--retain_data_path={folder}/retain.jsonl',
-                 f'--val_data_path={folder}/val.jsonl', '--target_layers=2', '--num_hidden_layers=3', '--layers_to_transform=0,1,2', '--lora_r=4',
-                 '--max_steps=12', '--batch_size=3', '--learning_rate=0.01', '--log_interval=1', '--eval_interval=4', '--save_interval=2', '--device=cpu']
+                 f'--val_data_path={folder}/val.jsonl', '--target_layers=2', '--lora_r=4',
+                 '--max_steps=12', '--batch_size=3', '--learning_rate=0.001', '--log_interval=1', '--eval_interval=4', '--save_interval=2', '--device=cpu']
     whole, began = os.path.join(folder, 'whole'), time.time()
     child = start([*arguments, f'--output_dir={whole}', whole + '.errors'])
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):

@@ -1,24 +1,28 @@
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
+import filelock
 import pytest
 import torch
 import transformers
 from conftest import ROOT, SHAPE, make_model_dir
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import cb_train
+import data_prep
 
 ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
-TINY = ['--target_layers=2', '--num_hidden_layers=3', '--layers_to_transform=0,1,2', '--lora_r=4', '--lora_alpha=8', '--max_steps=4',
-        '--batch_size=3', '--learning_rate=0.01', '--log_interval=1', '--eval_interval=2', '--device=cpu', '--dtype=auto']
+TINY = ['--target_layers=2', '--lora_r=4', '--lora_alpha=8', '--max_steps=4', '--batch_size=3', '--learning_rate=1e-3',
+        '--log_interval=1', '--eval_interval=2', '--device=cpu', '--dtype=auto']
+Row = cb_train.Row
 
 
 @pytest.fixture
@@ -29,9 +33,8 @@ def arguments(model_dir, rows, tmp_path):
 
 @pytest.fixture
 def adapted(model_dir):
-    """Three blocks of the tiny model with a LoRA whose B is not zero, and a ragged batch: model, {name: LoRA}, three rows of token ids."""
+    """Three blocks of the tiny model with a LoRA whose B is not zero, and a ragged batch: model, {name: LoRA}, token ids."""
     model = cb_train.load_decoder(model_dir, 3, 'float32', 'cpu')
-    assert cb_train.can_pack(model, torch.randint(20, (2, 32)))
     loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 8, 0.0)
     torch.manual_seed(1)
     for lora in loras.values():
@@ -39,18 +42,40 @@ def adapted(model_dir):
     return model, loras, [[2, 4, 7, 8, 9, 3], [2, 4, 11, 3], [2, 12]]
 
 
-def packed(model, rows, **more):
-    """Rows of token ids as one pass: (inputs, mask)."""
-    ids, mask, lengths = cb_train.pack([cb_train.Row(row, 0) for row in rows], 'cpu')
-    return cb_train.block_inputs(model, ids, lengths, **more), mask
+def options(**more):
+    """The options of a run as the functions take them: those of the script's own block that they read, and `more`."""
+    own = dict(device='cpu', target_layers=[2], lorra_alpha=10.0, retain_distance='relative', retain_divisor='real', cb_loss='rr',
+               rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4, batch_size=9, micro_batch_tokens=10 ** 6,
+               max_seq_length=512, seed=0, rank=0, world=1, lora_start=0.01)
+    return types.SimpleNamespace(**own | more)
+
+
+def stream(name, rows, c, held_out=()):
+    """The stream of that name, of three blocks of width 32, over Rows."""
+    sets = {key: rows for key in ('retain', 'harmful')}
+    return next(s for s in cb_train.make_streams(c, sets, {key: held_out for key in sets}, 3, 32) if s.name == name)
+
+
+def counted(rows):
+    """Lists of token ids as Rows all of whose tokens count."""
+    return [Row(ids, [1] * len(ids), '') for ids in rows]
+
+
+def parameters_of(loras):
+    return [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
 
 
 def losses_and_gradients(model, loras, rows, **more):
-    inputs, mask = packed(model, rows)
-    retain, _ = cb_train.retain_pass(model, inputs, mask, [2], **more)
-    cb, _ = cb_train.cb_pass(model, inputs, mask, [2], **more)
-    parameters = [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
-    return retain, cb, torch.autograd.grad(3 * retain / mask.sum() + 7 * cb / mask.sum(), parameters)
+    """Both losses' sums over rows of ids in one batch, and the gradients of three times the one and seven times the other."""
+    c = options(**more)
+    losses = []
+    for name, weight in (('retain', 3), ('harmful', 7)):
+        its = stream(name, counted(rows), c)
+        losses.append(cb_train.run_stream(model, loras, its, cb_train.my_batches(its.rows, c), c, weight / cb_train.count(its.rows))[0])
+    gradients = [p.grad.clone() for p in parameters_of(loras)]
+    for p in parameters_of(loras):
+        p.grad = None
+    return *losses, gradients
 
 
 def close(a, b, relative):
@@ -61,16 +86,17 @@ def test_one_steps_losses_and_gradients_equal_those_of_peft(adapted, model_dir):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel
     model, loras, rows = adapted
-    retain, cb, gradients = losses_and_gradients(model, loras, rows)
+    retain, cb, gradients = losses_and_gradients(model, loras, rows, retain_distance='absolute')
     config, _ = cb_train.truncated_config(model_dir, 3)
     twin = get_peft_model(AutoModel.from_pretrained(model_dir, config=config), LoraConfig(
         r=4, lora_alpha=8, target_modules=ATTENTION, lora_dropout=0.0))
     named = dict(twin.named_parameters())
     theirs = [named[f'base_model.model.{name}.{part}.default.weight'] for name in loras for part in ('lora_A', 'lora_B')]
-    for p, lora_p in zip(theirs, [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]):
+    for p, lora_p in zip(theirs, parameters_of(loras)):
         p.data.copy_(lora_p.data)
     real = torch.tensor([[1] * len(row) + [0] * (6 - len(row)) for row in rows])  # (B, T)
-    inputs = dict(input_ids=torch.tensor([row + [0] * (6 - len(row)) for row in rows]), attention_mask=real, output_hidden_states=True, use_cache=False)
+    ids = torch.tensor([row + [0] * (6 - len(row)) for row in rows])
+    inputs = dict(input_ids=ids, attention_mask=real, output_hidden_states=True, use_cache=False)
     with torch.no_grad(), twin.disable_adapter():
         h = torch.stack(twin(**inputs).hidden_states)
     h_lora = torch.stack(twin(**inputs).hidden_states)  # (L + 1, B, T, D)
@@ -85,237 +111,159 @@ def test_one_steps_losses_and_gradients_equal_those_of_peft(adapted, model_dir):
 
 def test_block_checkpointing_changes_no_gradient(adapted):
     model, loras, rows = adapted
-    plain, saved = (losses_and_gradients(model, loras, rows, checkpointing=c)[2] for c in (False, True))
-    assert all(close(a, b, 1e-6) for a, b in zip(saved, plain))
+    plain = losses_and_gradients(model, loras, rows)[2]
+    cb_train.checkpoint_blocks(model)
+    assert all(close(a, b, 1e-6) for a, b in zip(losses_and_gradients(model, loras, rows)[2], plain))
 
 
 @pytest.fixture
 def ragged(adapted):
-    """The model and LoRA of adapted, and nine rows of lengths 1..9 in mixed order, some of which count from their third token on."""
+    """The model and LoRA of adapted, and nine Rows of lengths 1..9 in mixed order; of some not every token counts."""
     model, loras, _ = adapted
     draw = torch.Generator().manual_seed(3)
-    return model, loras, [cb_train.Row(torch.randint(2, 20, (n,), generator=draw).tolist(), 2 * (n > 6)) for n in (4, 9, 1, 6, 2, 8, 7, 3, 5)]
+    return model, loras, [Row(torch.randint(2, 20, (n,), generator=draw).tolist(), [int(n < 7 or i % 3 > 0) for i in range(n)], '')
+                          for n in (4, 9, 1, 6, 2, 8, 7, 3, 5)]
 
 
-def plain_sums(model, loras, rows, target_layers):
+def plain_sums(model, loras, rows, target_layers, relative):
     """Both losses' sums over rows taken one at a time, by transformers' hidden states and torch's own functions alone."""
     retain, cb = 0, 0
     for row in rows:
         run = lambda: model(torch.tensor([row.ids]), output_hidden_states=True, use_cache=False).hidden_states
-        with torch.no_grad(), cb_train.adapter_off(model):
+        with torch.no_grad(), cb_train.adapter_off(loras):
             h = run()
-        h_lora = run()
-        retain = retain + sum((b - a).norm(dim=-1)[0, row.start:].sum() for a, b in zip(h[1:], h_lora[1:])) / (len(h) - 1)
-        cb = cb + sum(torch.cosine_similarity(h[l], h_lora[l], dim=-1)[0, row.start:].relu().sum() for l in target_layers) / len(target_layers)
+        h_lora, mask = run(), torch.tensor(row.mask, dtype=torch.float32)
+        for a, b in zip(h[1:], h_lora[1:]):
+            retain = retain + ((b - a).norm(dim=-1)[0] / (a.norm(dim=-1)[0] / 8.7 if relative else 1) * mask).sum() / (len(h) - 1)
+        for l in target_layers:
+            cb = cb + (torch.cosine_similarity(h[l], h_lora[l], dim=-1)[0].relu() * mask).sum() / len(target_layers)
     return retain, cb
 
 
-@pytest.mark.parametrize('batch_size, tokens, checkpointing', [(9, 10 ** 6, False), (1, 1, False), (2, 10 ** 6, False), (9, 16, False), (3, 12, True)])
-def test_any_split_of_a_step_gives_the_losses_and_gradients_of_a_plain_loop_over_its_rows(ragged, batch_size, tokens, checkpointing):
+@pytest.mark.parametrize('batch_size, tokens, checkpointing, distance', [
+    (9, 10 ** 6, False, 'relative'), (1, 1, False, 'relative'), (2, 10 ** 6, False, 'absolute'), (9, 16, False, 'relative'),
+    (3, 12, True, 'relative')])
+def test_any_split_of_a_step_gives_the_losses_and_gradients_of_a_plain_loop(ragged, batch_size, tokens, checkpointing, distance):
     model, loras, rows = ragged
-    parameters = [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
-    want = plain_sums(model, loras, rows, [1, 2])
-    for run, loss in zip((cb_train.retain_pass, cb_train.cb_pass), want):
-        batches = cb_train.passes(model, rows, batch_size, tokens, 'cpu')
-        found, _ = cb_train.add_gradient(run, model, batches, [1, 2], 0.3, checkpointing)
-        assert close(found, loss, 1e-5)
+    parameters = parameters_of(loras)
+    want = plain_sums(model, loras, rows, [1, 2], distance == 'relative')
+    if checkpointing:
+        cb_train.checkpoint_blocks(model)
+    c = options(target_layers=[1, 2], batch_size=batch_size, micro_batch_tokens=tokens, retain_distance=distance)
+    for name, loss in zip(('retain', 'harmful'), want):
+        its = stream(name, rows, c)
+        assert close(cb_train.run_stream(model, loras, its, cb_train.my_batches(rows, c), c, 0.3)[0], loss, 1e-5)
         for parameter, gradient in zip(parameters, torch.autograd.grad(0.3 * loss, parameters, retain_graph=True, materialize_grads=True)):
-            assert close(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, gradient, 1e-5)
+            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            assert close(found, gradient, 1e-5)
             parameter.grad = None
 
 
-def test_passes_take_each_row_once_by_length_and_keep_to_both_limits(ragged):
-    model, _, rows = ragged
-    lengths = lambda *limits: [inputs[1][0]['lengths'] for inputs, _ in cb_train.passes(model, rows, *limits, 'cpu')]
-    assert lengths(9, 18) == [[9, 8], [7, 6, 5], [4, 3, 2, 1]] and lengths(2, 18) == [[9, 8], [7, 6], [5, 4], [3, 2], [1]]
+def test_micro_batches_take_each_row_once_by_length_and_keep_to_both_limits(ragged):
+    _, _, rows = ragged
+    lengths = lambda *limits: [[len(row.ids) for row in batch] for batch in cb_train.micro_batches(rows, *limits)]
+    assert lengths(9, 18) == [[9, 8], [7, 6], [5, 4, 3], [2, 1]] and lengths(2, 18) == [[9, 8], [7, 6], [5, 4], [3, 2], [1]]
     assert lengths(9, 1) == [[n] for n in range(9, 0, -1)]
 
 
+def test_rows_are_padded_on_the_right_and_pads_never_count():
+    ids, mask = cb_train.pad([Row([5, 6, 7], [0, 1, 1], ''), Row([8], [1], '')], 'cpu')
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]] and mask.tolist() == [[0, 1, 1], [1, 0, 0]] and mask.dtype == torch.float32
+
+
+def test_a_start_moves_the_states_by_one_percent_whatever_the_models_scale(tmp_path, adapted):
+    for factor in (1, 100):
+        base = scaled_dir(tmp_path / str(factor), factor)
+        model = cb_train.load_decoder(base, 3, 'float32', 'cpu')
+        loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 8, 0.0, relative=True)
+        c, rows = options(target_layers=[1, 2]), counted(adapted[2])
+        reached = cb_train.draw_start(model, loras, cb_train.my_batches(rows, c), c)
+        h, h_lora = cb_train.reference_and_adapted(model, loras, torch.tensor([rows[0].ids]))
+        found = torch.stack([((h_lora[l] - h[l]).norm(dim=-1) / h[l].norm(dim=-1)).mean() for l in (1, 2)]).mean().item()
+        assert reached == pytest.approx(0.01, rel=0.02) and 0.004 < found < 0.02
+
+
 def test_the_other_cb_losses_are_what_a_hand_computes():
-    u = torch.tensor([0.6, 0.8])
-    assert cb_train.towards('random', u)(torch.tensor([[[6.0, 8.0], [-3.0, -4.0]]])).tolist() == [[pytest.approx(0, abs=1e-6), 2.0]]
-    assert cb_train.towards('rmu', u, 10.0)(torch.tensor([[[6.0, 9.0]]])).tolist() == [[0.5]]  # (0^2 + 1^2) / 2
-
-
-def test_a_soft_prompt_stands_anywhere_in_the_request_and_the_states_are_transformers_own(adapted):
-    model, loras, _ = adapted
-    rows, soft = [cb_train.Row([2, 4, 7, 8], 2), cb_train.Row([2, 9], 0)], torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    lot = random.Random(0)
-    ids, mask, lengths = cb_train.pack(found := [cb_train.opened(row, 3, lot) for row in rows], 'cpu')
-    assert mask.tolist() == [[0] * 5 + [1] * 2 + [1] * 5] and lengths == [7, 5]
-    places = [row.ids.index(-1) for row in found]
-    assert all(found[i].ids == rows[i].ids[:at] + [-1] * 3 + rows[i].ids[at:] and 1 <= at <= 2 for i, at in enumerate(places))
-    assert {cb_train.opened(rows[0], 1, lot).ids.index(-1) for _ in range(20)} == {1, 2}
-    ours = [h.split(lengths, 1) for _, h, _ in cb_train.streams(model, cb_train.block_inputs(model, ids, lengths, soft), 3)]
-    for i, row in enumerate(rows):
-        embedded = model.embed_tokens(torch.tensor(row.ids))
-        x = torch.cat([embedded[:places[i]], soft, embedded[places[i]:]])[None]
-        with torch.no_grad(), cb_train.adapter_off(model):
-            want = model(inputs_embeds=x, output_hidden_states=True, use_cache=False).hidden_states[1:]
-        assert all(torch.allclose(a[i], b, atol=1e-5) for a, b in zip(ours, want))
-
-
-def test_a_run_with_soft_prompts_is_another_run_gives_the_same_bytes_again_and_refuses_a_bad_file(run, arguments, tmp_path):
-    from safetensors.torch import save_file
-    path = tmp_path / 'soft.safetensors'
-    save_file({'soft_prompts': torch.randn(2, 3, 32)}, path)
-    more = [f'--soft_prompts_path={path}', '--loss_on=harmful_response', '--lora_b_std=0.1', '--cb_loss=random']
-    assert run('cb_train.py', *arguments, *more)[0] == 0
-    want = (tmp_path / 'out' / 'adapter' / 'adapter_model.safetensors').read_bytes()
-    log = [json.loads(line) for line in open(tmp_path / 'out' / 'log.jsonl')]
-    assert log[0]['retain_loss'] > 0.01 and log[-1]['cb_loss'] < log[0]['cb_loss']  # B is not zero: it moves at once
-    shutil.rmtree(tmp_path / 'out')
-    assert run('cb_train.py', *arguments, *more, '--save_interval=2')[0] == 0
-    assert (tmp_path / 'out' / 'adapter' / 'adapter_model.safetensors').read_bytes() == want
-    without = run('cb_train.py', *arguments, *more[1:], f'--output_dir={tmp_path / "other"}')
-    assert without[0] == 0 and (tmp_path / 'other' / 'adapter' / 'adapter_model.safetensors').read_bytes() != want
-    for tensors, words in (({'soft_prompts': torch.zeros(2, 3, 8)}, '[2, 3, 8]'), ({'other': torch.zeros(1)}, 'KeyError')):
-        save_file(tensors, path)
-        status, _, err = run('cb_train.py', *arguments, *more, f'--output_dir={tmp_path / "third"}')
-        assert status == 2 and words in err and err.count('\n') == 1 and not (tmp_path / 'third').exists(), err
+    u, mask = torch.tensor([0.6, 0.8]), torch.ones(1, 2)
+    h_lora = [torch.tensor([[[6.0, 8.0], [-3.0, -4.0]]])]
+    assert cb_train.random_direction_loss(h_lora, h_lora, mask, [0], u).item() == pytest.approx(0 + 2.0, abs=1e-6)
+    h_lora = [torch.tensor([[[6.0, 9.0], [6.0, 8.0]]])]
+    assert cb_train.rmu_loss(h_lora, h_lora, mask, [0], 10 * u).item() == pytest.approx((0 ** 2 + 1 ** 2) / 2 + 0)
 
 
 def test_the_answer_alone_of_harmful_rows_and_all_of_benign_rows_can_count(run, arguments, tmp_path):
-    status, out, err = run('cb_train.py', *arguments, '--loss_on=harmful_response')
-    assert status == 0, err
-    told = {name: int(line.split(' rows, ')[1].split()[0]) for line in out.splitlines() for name in ('retain', 'harmful') if line.startswith(f'{name}: ')}
-    _, everything, _ = run('cb_train.py', *arguments, f'--output_dir={tmp_path / "all"}')
-    whole = {name: int(line.split(' rows, ')[1].split()[0]) for line in everything.splitlines() for name in ('retain', 'harmful') if line.startswith(f'{name}: ')}
-    assert told['retain'] == whole['retain'] and told['harmful'] < whole['harmful']
+    found = {}
+    for loss_on in ('all', 'response', 'harmful_response'):
+        status, out, err = run('cb_train.py', *arguments, f'--loss_on={loss_on}', f'--output_dir={tmp_path / loss_on}', '--max_steps=1')
+        assert status == 0, err
+        found[loss_on] = [int(line.split('about ')[1].split()[0]) for line in out.splitlines() if 'rows are read' in line]
+    assert found['harmful_response'] == [found['all'][0], found['response'][1]]  # retain, harmful
+    assert found['response'][0] < found['all'][0] and found['response'][1] < found['all'][1]
 
 
-def test_the_step_reads_nothing_back_from_the_device(ragged):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Calls(TorchDispatchMode):
-        names = []
-
-        def __torch_dispatch__(self, function, types, arguments=(), named=None):
-            self.names.append(function.name())
-            return function(*arguments, **named or {})
-    model, loras, rows = ragged
-    batches = list(cb_train.passes(model, rows, 2, 64, 'cpu'))
-    with Calls() as calls:
-        for run in (cb_train.retain_pass, cb_train.cb_pass):
-            cb_train.add_gradient(run, model, batches, [1, 2], 0.3)
-    assert 'aten::mm' in calls.names and not {'aten::_local_scalar_dense', 'aten::is_nonzero', 'aten::nonzero', 'aten::equal'} & set(calls.names)
-
-
-def test_the_lora_product_has_autograds_gradients_and_keeps_no_copy_of_its_input():
-    torch.manual_seed(0)
-    y, x, a, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (5, 4), (2, 4), (3, 2)))
-    for kept in (None, cb_train.dropout_mask(x, 0.5)):
-        assert torch.autograd.gradcheck(lambda *tensors: cb_train.AddLoRA.apply(tensors[0], tensors[1], kept, *tensors[2:], 0.7), (y, x, a, b))
-        want = y + (x if kept is None else x * kept) @ a.T @ b.T * 0.7
-        out = cb_train.AddLoRA.apply(y, x, kept, a, b, 0.7)
-        assert torch.allclose(out, want) and out.grad_fn.saved_tensors[0].data_ptr() == x.data_ptr()
-    assert cb_train.dropout_mask(torch.empty(1000, 333), 0.05).float().mean().item() == pytest.approx(0.95, abs=2e-3)
-    lora = cb_train.LoRALinear(torch.nn.Linear(1000, 8), 8, 16, 0.25)
+def test_the_lora_is_what_its_equation_says_and_drops_elements_of_its_input():
+    lora = cb_train.LoRALinear(torch.nn.Linear(1000, 8), 8, 16, 0.25, unit=3.0)
     lora.lora_A.data, lora.lora_B.data = torch.ones(8, 1000), torch.eye(8)
-    out = lora(torch.ones(4, 50, 1000)) - lora.base(torch.ones(4, 50, 1000))  # every product is 2 / 0.75 times the elements that are left
-    assert out.mean().item() == pytest.approx(2000, rel=5e-3) and len(set(out[:, :, 0].flatten().round().tolist())) > 20
-    assert torch.allclose(lora.eval()(torch.ones(1, 1000)), lora.base(torch.ones(1, 1000)) + 2000)
+    out = lora(torch.ones(4, 50, 1000)) - lora.base(torch.ones(4, 50, 1000))  # 3 * 16 / 8 / 0.75 times the elements that are left
+    assert out.mean().item() == pytest.approx(6000, rel=5e-3) and len(set(out[:, :, 0].flatten().round().tolist())) > 20
+    assert torch.allclose(lora.eval()(torch.ones(1, 1000)), lora.base(torch.ones(1, 1000)) + 6000)
+    assert torch.equal(lora.delta(slice(2, 4)), torch.full((2, 1000), 6.0))
 
 
-def test_flash_attention_is_asked_for_on_a_gpu_in_half_precision_where_it_is_installed(monkeypatch):
-    asked = [('bfloat16', 'cuda'), ('float16', 'cuda:1'), ('float32', 'cuda'), ('bfloat16', 'cpu')]
-    for there, want in ((None, [None] * 4), ('there', ['flash_attention_2'] * 2 + [None] * 2)):
+def test_relative_lora_is_in_units_of_its_weights_root_mean_square(model_dir):
+    model = cb_train.load_decoder(model_dir, 3, 'float32', 'cpu')
+    model.layers[0].self_attn.q_proj.weight.data = torch.full((32, 32), 0.1)
+    loras = cb_train.add_lora(model, ['q_proj'], [0], 4, 8, 0.0, relative=True)
+    assert loras['layers.0.self_attn.q_proj'].scale == pytest.approx(0.1 / 0.02 * 8 / 4)
+
+
+def test_flash_attention_is_asked_for_on_a_gpu_in_half_precision_where_it_is_installed(model_dir, monkeypatch):
+    asked = []
+
+    def load(*more, attn_implementation, **named):
+        asked.append(attn_implementation)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cb_train.AutoModel, 'from_pretrained', load)
+    for there in (None, 'there'):
         monkeypatch.setattr('importlib.util.find_spec', lambda name: there)
-        assert [cb_train.attention(*each) for each in asked] == want
+        for dtype, device in (('bfloat16', 'cuda'), ('float16', 'cuda:1'), ('float32', 'cuda'), ('bfloat16', 'cpu')):
+            with pytest.raises(KeyboardInterrupt):
+                cb_train.load_decoder(model_dir, 3, dtype, device)
+    assert asked == [None] * 4 + ['flash_attention_2'] * 2 + [None] * 2
 
 
-def test_flash_attention_is_told_where_the_packed_rows_end(adapted, monkeypatch):
-    from transformers import modeling_flash_attention_utils as flash
-    model, _, rows = adapted
-    want = [h for _, h, _ in cb_train.streams(model, packed(model, rows)[0], 3)]
-
-    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, **_):  # (T, heads, d), the kernel's own arguments
-        assert cu_seqlens_q.tolist() == cu_seqlens_k.tolist() == [0, 6, 10, 12] and max_seqlen_q == max_seqlen_k == 6 and cu_seqlens_q.dtype == torch.int32
-        q, k, v = (x.transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], 0).split([6, 4, 2], 1) for x in (q, k, v))
-        heads = [((a @ b.mT * softmax_scale).masked_fill(torch.ones(a.shape[1], a.shape[1]).triu(1) > 0, -torch.inf).softmax(-1) @ c) for a, b, c in zip(q, k, v)]
-        return torch.cat(heads, 1).transpose(0, 1)
-    monkeypatch.setattr(flash, 'lazy_import_flash_attention', lambda *_, **__: ((None, varlen, None, None, None), (
-        lambda **given: {'softmax_scale': given['softmax_scale'], **{name: given[name] for name in ('max_seqlen_q', 'max_seqlen_k') if name in given}}, None)))
-    monkeypatch.setattr(model.config, '_attn_implementation_internal', 'flash_attention_2')
-    assert all(close(h, other, 1e-5) for (_, h, _), other in zip(cb_train.streams(model, packed(model, rows)[0], 3), want))
-
-
-ONE_BY_ONE = {  # families that keep no packed rows apart: by a mask that no argument tells of, by arguments that do not arrive
-    'qwen2 moe': lambda: transformers.Qwen2MoeConfig(**SHAPE, num_experts=4, use_sliding_window=True, sliding_window=4, max_window_layers=4,
-                                                     shared_expert_intermediate_size=24, **MOE),
-    'stablelm': lambda: transformers.StableLmConfig(**SHAPE)}
-
-
-@pytest.mark.parametrize('family', ONE_BY_ONE)
-def test_a_family_that_cannot_keep_packed_rows_apart_gets_one_row_a_pass(run, arguments, tmp_path, family):
-    base = make_model_dir(tmp_path / 'base', config=ONE_BY_ONE[family]())
-    model = cb_train.load_decoder(base, 3, 'auto', 'cpu')
-    assert not cb_train.can_pack(model, torch.randint(20, (2, 9))) and model.config._attn_implementation == 'sdpa'
-    status, out, err = run('cb_train.py', *arguments, f'--model_name={base}', '--max_steps=2', '--batch_size=4')
-    assert status == 0 and 'passes of at most 1 row and' in out, err
-
-
-def test_a_family_that_computes_its_blocks_in_another_way_is_refused_in_one_line(adapted, monkeypatch, capsys):
-    model, _, _ = adapted
-    for wrong in (lambda *more, **named: (_ for _ in ()).throw(KeyError('x')), lambda *more, **named: torch.zeros(1)):
-        monkeypatch.setattr(model.layers[1], 'forward', wrong)
-        monkeypatch.setattr(cb_train, 'states', lambda model, rows: [torch.ones(*rows.shape, 32)] * 3)
-        with pytest.raises(SystemExit) as stop:
-            cb_train.can_pack(model, torch.randint(20, (2, 9)))
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count('\n') == 1 and 'in another way' in err
-
-
-def test_what_the_backward_pass_keeps_is_counted_without_touching_the_random_numbers(ragged):
-    model, loras, _ = ragged
-    for lora in loras.values():
-        lora.dropout = 0.5
-    before = torch.get_rng_state()
-    found = cb_train.bytes_kept(model, torch.arange(64).view(2, 32) % 20)
-    assert torch.equal(before, torch.get_rng_state())
-    floats = 2 * 32 + 3 * 48 + 32 + 64 + 3 * 32 + 4 * 4  # two norms' inputs; gate, up, silu; q k v's input; q k v; attention, o's input, distance; A x
-    assert 3 * 4 * floats <= found <= 1.5 * 3 * 4 * floats
-
-
-@pytest.mark.parametrize('free, choice, want', [(10 ** 9, 'auto', False), (10 ** 5, 'auto', True), (10 ** 5, 'False', False), (10 ** 9, 'True', True)])
-def test_auto_computes_blocks_again_where_the_largest_pass_would_take_more_than_half_of_the_memory(ragged, monkeypatch, free, choice, want):
-    model, loras, _ = ragged
-    monkeypatch.setattr(cb_train, 'memory_at_hand', lambda device: free)
-    probe = torch.arange(64).view(2, 32) % 20
-    tokens, checkpointing, _ = cb_train.plan(model, probe, 9, 4, 20, choice)
-    assert (tokens, checkpointing) == (20, want)
-    most = 2 * 20 * cb_train.bytes_kept(model, probe)  # of which 20 tokens are just half
-    monkeypatch.setattr(cb_train, 'memory_at_hand', lambda device: most + 1)
-    assert not cb_train.plan(model, probe, 9, 4, 20, 'auto')[1]
-    assert cb_train.plan(model, probe, 21, 4, 20, 'auto')[1]
-
-
-def test_checkpointing_by_choice_or_by_memory_and_the_seed_give_the_same_bytes(run, arguments, tmp_path):
-    for name in ('auto', 'True', 'False'):
-        status, out, err = run('cb_train.py', *arguments, f'--output_dir={tmp_path / name}', f'--gradient_checkpointing={name}')
-        assert status == 0 and ('the graph of the largest pass takes' in out) == (name == 'auto'), err
-    adapters = {(tmp_path / name / 'adapter' / 'adapter_model.safetensors').read_bytes() for name in ('auto', 'True', 'False')}
+def test_checkpointing_and_the_seed_give_the_same_bytes(run, arguments, tmp_path):
+    for name in ('True', 'False', 'again'):
+        more = [f'--output_dir={tmp_path / name}', f'--gradient_checkpointing={name == "True"}']
+        assert run('cb_train.py', *arguments, *more)[0] == 0
+    adapters = {(tmp_path / name / 'adapter' / 'adapter_model.safetensors').read_bytes() for name in ('True', 'False', 'again')}
     assert len(adapters) == 1
 
 
-def test_with_the_adapter_off_the_streams_are_the_librarys_hidden_states_bit_for_bit(adapted, model_dir):
-    from transformers import AutoModelForCausalLM
+def test_with_the_adapter_off_the_states_are_the_librarys_bit_for_bit(adapted, model_dir):
     model, loras, rows = adapted
     whole = AutoModelForCausalLM.from_pretrained(model_dir)
-    want = whole(torch.tensor(rows[:1]), output_hidden_states=True).hidden_states
-    for l, h, h_lora in cb_train.streams(model, packed(model, rows[:1])[0], 3):
-        assert not torch.equal(h, h_lora)
-        assert torch.equal(h, want[l]) if l < 3 else torch.equal(h, whole.model.norm(want[3]))
+    ids = torch.tensor(rows[:1])
+    want = whole(ids, output_hidden_states=True).hidden_states
+    h, h_lora = cb_train.reference_and_adapted(model, loras, ids)
+    assert torch.equal(h[0], want[0]) and not h[3].requires_grad and h_lora[3].requires_grad
+    for l in (1, 2, 3):
+        assert not torch.equal(h[l], h_lora[l])
+        assert torch.equal(h[l], want[l] if l < 3 else whole.model.norm(want[3]))
     assert all(lora.enabled for lora in loras.values())
 
 
 def test_the_losses_are_what_a_hand_computes():
-    h, h_lora = torch.tensor([[[3.0, 4.0], [1.0, 0.0], [5.0, 5.0]]]), torch.tensor([[[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]]])
-    assert cb_train.Distance.apply(h, h_lora, torch.tensor([[1.0, 1.0, 0.0]])).item() == pytest.approx(6.0)
-    found = cb_train.cosine(h, torch.tensor([[[4.0, 3.0], [-2.0, 0.0], [1.0, 1.0]]]), torch.tensor([[1.0, 1.0, 0.0]]))
-    assert found[0].tolist() == pytest.approx([24 / 25, -1.0, 0.0])
-    same = torch.ones(1, 1, 2, requires_grad=True)
-    assert torch.autograd.grad(cb_train.Distance.apply(torch.ones(1, 1, 2), same, torch.ones(1, 1)), same)[0].tolist() == [[[0.0, 0.0]]]
+    h, mask = [torch.tensor([[[3.0, 4.0], [1.0, 0.0], [5.0, 5.0]]])], torch.tensor([[1.0, 1.0, 0.0]])
+    h_lora = [torch.tensor([[[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]]])]
+    assert cb_train.retain_loss(h, h_lora, mask, [0], relative=False).item() == pytest.approx(5 + 1)
+    assert cb_train.retain_loss(h, h_lora, mask, [0]).item() == pytest.approx(8.7 * (5 / 5 + 1 / 1))
+    turned = [torch.tensor([[[4.0, 3.0], [-2.0, 0.0], [1.0, 1.0]]])]
+    assert cb_train.cosine(h[0], turned[0])[0].tolist() == pytest.approx([24 / 25, -1.0, 1.0])
+    assert cb_train.rerouting_loss(h * 2, turned * 2, mask, [0, 1]).item() == pytest.approx(24 / 25 + 0)
+    same = [torch.ones(1, 1, 2, requires_grad=True)]
+    loss = cb_train.retain_loss([torch.ones(1, 1, 2)], same, torch.ones(1, 1), [0])
+    assert torch.autograd.grad(loss, same)[0].tolist() == [[[0.0, 0.0]]]
 
 
 @pytest.mark.parametrize('step, ticks, want', [(0, 150, (0, 10)), (75, 150, (5, 5)), (150, 300, (5, 5)), (200, 150, (10, 0)), (7, 0, (10, 10))])
@@ -323,15 +271,122 @@ def test_the_schedule_moves_the_weight_from_cb_to_retain(step, ticks, want):
     assert cb_train.coefficients(step, 10.0, ticks) == pytest.approx(want)
 
 
-def test_every_row_is_drawn_once_an_epoch_and_any_step_can_be_asked_for():
-    drawn = [row for step in range(6) for row in cb_train.batch_at(list(range(12)), step, 4, 's')]
-    assert sorted(drawn[:12]) == sorted(drawn[12:]) == list(range(12)) and drawn[:12] != drawn[12:]
-    assert cb_train.batch_at(list(range(5)), 1, 4, 's') == [cb_train.batch_at(list(range(5)), 4 + i, 1, 's')[0] for i in range(4)]
+def test_a_mask_counts_what_loss_on_says_and_leaves_the_templates_head_out_of_the_cb_loss():
+    mask = lambda stream, loss_on: cb_train.token_mask([9] * 6, stream, loss_on, head=2, answer=4)
+    assert mask('retain', 'all') == [1] * 6 and mask('harmful', 'all') == [0, 0, 1, 1, 1, 1]
+    assert mask('retain', 'response') == mask('harmful', 'response') == [0, 0, 0, 0, 1, 1]
+    assert mask('retain', 'harmful_response') == [1] * 6 and mask('harmful', 'harmful_response') == [0, 0, 0, 0, 1, 1]
+
+
+def test_a_run_reads_every_row_once_an_epoch_in_an_order_of_the_seed_and_encodes_no_other(capsys):
+    encoded = []
+
+    def to_row(messages, where):
+        encoded.append(where)
+        return Row([messages], [int(messages != 3)], where)
+    conversations = [(f'row {i}', i) for i in range(12)]
+    rows = data_prep.rows_of_run(conversations, 22, 's', to_row, 'x')
+    assert sorted(row.ids[0] for row in rows[:11]) == sorted(row.ids[0] for row in rows[11:]) == [*range(3), *range(4, 12)]
+    assert rows[:11] != rows[11:] and sorted(encoded) == sorted(f'row {i}' for i in range(12))
+    assert 'x: 1 of 12 rows left out' in capsys.readouterr().out
+    encoded.clear()
+    assert data_prep.rows_of_run(conversations, 4, 's', to_row, 'x') == rows[:4] and len(encoded) <= 5
+    assert data_prep.rows_of_run(conversations, 4, 't', to_row, 'x') != rows[:4]
+    with pytest.raises(SystemExit):
+        data_prep.rows_of_run(conversations[3:4], 4, 's', to_row, 'x')
+    assert 'x: no rows left of 1' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('harmful, benign, words', [
+    (0.33, 0.98, 'rerouted: cos 0.33 on 2 held-out harmful rows, 0.98 on 3 benign'), (0.98, 0.99, 'warning: NOT rerouted: cos 0.98'),
+    (0.1, 0.5, 'warning: rerouted, but benign states moved too: cos 0.10')])
+def test_the_verdict_says_whether_the_states_of_held_out_rows_moved(harmful, benign, words):
+    streams = [types.SimpleNamespace(name=name, held_out=[0] * n) for name, n in (('retain', 3), ('harmful', 2))]
+    assert cb_train.verdict({'val_cb_cos': harmful, 'val_retain_cos': benign}, streams).startswith(words)
+
+
+def test_a_run_that_does_nothing_says_so_at_a_fifth_of_its_steps_and_everywhere_at_its_end(run, arguments, tmp_path):
+    status, out, err = run('cb_train.py', *arguments, '--learning_rate=1e-12', '--max_steps=10')
+    assert status == 0 and 'warning: by step 2 the cb loss has not moved a tenth' in err
+    found = out.strip().splitlines()[-1]
+    assert found.startswith('warning: NOT rerouted: cos 1.00 on 1 held-out harmful rows, 1.00 on 2 benign')
+    assert json.load(open(tmp_path / 'out' / 'cb_config.json'))['verdict'] == found
+    assert json.loads(open(tmp_path / 'out' / 'log.jsonl').readlines()[-1])['verdict'] == found
+    assert found in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_without_val_data_path_a_tenth_of_both_sets_is_held_out_of_the_training(run, arguments, tmp_path):
+    status, out, err = run('cb_train.py', *arguments, '--val_data_path=', '--max_steps=8')
+    assert status == 0, err
+    assert 'retain: 9 rows are read, 1 held out' in out and 'harmful: 10 rows are read, 2 held out' in out
+
+
+def scaled_dir(path, factor, sink=0.0):
+    """
+    The tiny model with all its states so many times as large: its embedding, and all that writes to the stream, is scaled. With a sink,
+    BOS has that much in the last dimension, which nothing else holds, writes or reads.
+    """
+    make_model_dir(path, shard='1GB', config=LlamaConfig(**SHAPE | dict(rms_norm_eps=1e-12)))
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(('embed_tokens.weight', 'o_proj.weight', 'down_proj.weight')):
+                p *= factor
+                if sink:
+                    p[..., -1] = 0
+                    p[-1] = 0 if 'embed' not in name else p[-1]
+            elif sink and 'norm' in name:
+                p[-1] = 0
+        if sink:
+            model.model.embed_tokens.weight[2, -1] = sink
+    model.save_pretrained(path)
+    return str(path)
+
+
+def test_a_model_whose_states_are_ten_or_a_thousand_times_as_large_trains_to_the_same_curve(run, arguments, tmp_path):
+    curves = {}
+    for factor in (1, 10, 1000):
+        base = scaled_dir(tmp_path / f'base{factor}', factor)
+        more = [f'--model_name={base}', f'--output_dir={tmp_path / str(factor)}', '--lora_dropout=0', '--max_steps=10', '--learning_rate=3e-3']
+        status, _, err = run('cb_train.py', *arguments, *more)
+        assert status == 0, err
+        records = [json.loads(line) for line in open(tmp_path / str(factor) / 'log.jsonl')]
+        curves[factor] = [record[key] for record in records for key in ('retain_loss', 'cb_loss', 'grad_norm')]
+        assert records[-1]['cb_loss'] < 0.9
+    assert curves[10] == pytest.approx(curves[1], rel=1e-3) and curves[1000] == pytest.approx(curves[1], rel=1e-3)
+
+
+def test_a_first_token_with_a_norm_of_25000_neither_dominates_nor_stops_a_run(run, arguments, tmp_path):
+    base = scaled_dir(tmp_path / 'base', 1, 25000.0)
+    states = AutoModelForCausalLM.from_pretrained(base)(torch.tensor([[2, 4, 7]]), output_hidden_states=True).hidden_states
+    assert states[2][0, 0].norm() > 24000 > 100 > states[2][0, 1].norm()
+    status, out, err = run('cb_train.py', *arguments, f'--model_name={base}', '--lora_dropout=0', '--max_steps=10', '--learning_rate=3e-3')
+    assert status == 0, err
+    records = [json.loads(line) for line in open(tmp_path / 'out' / 'log.jsonl')]
+    assert records[0]['cb_loss'] > 0.99 and records[-1]['cb_loss'] < 0.9 and max(r['retain_loss'] for r in records) < 3 * 8.7
+
+
+def test_a_date_that_the_template_writes_is_frozen_and_kept_by_a_resumed_run(run, arguments, tmp_path, monkeypatch):
+    template = tmp_path / 'dated.jinja'
+    template.write_text("{{ bos_token }}{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ ' <' + m.role + '> ' + m.content + ' <end>' }}"
+                        "{% endfor %}{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}")
+    dated = [*arguments, f'--chat_template={template}']
+
+    def full(*_, **__):
+        raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as patch:
+        patch.setattr('shutil.copytree', full)
+        assert run('cb_train.py', *dated, '--date=2026-01-31')[0] == 1
+    status, out, err = run('cb_train.py', *dated, '--resume=True')  # on another day
+    assert status == 0 and "date = '2026-01-31'" in out, err
+    assert json.load(open(tmp_path / 'out' / 'cb_config.json'))['date'] == '2026-01-31'
+    status, _, err = run('cb_train.py', *dated, '--date=31.1.2026', f'--output_dir={tmp_path / "no"}')
+    assert status == 2 and err.count('\n') == 1 and 'date' in err
 
 
 def test_a_run_writes_an_ordinary_model_equal_to_base_plus_peft_adapter_and_touches_nothing_else(run, arguments, model_dir, tmp_path):
     out = tmp_path / 'out'
-    status, text, err = run('cb_train.py', *arguments, '--val_data_path=' + arguments[3].split('=')[1])
+    status, text, err = run('cb_train.py', *arguments, '--lora_start=0')
     assert status == 0, err
     code = '''
 import sys, torch
@@ -358,7 +413,8 @@ print((merged - twin).abs().max().item(), (merged - before).abs().max().item())
             assert open(f'{model_dir}/{name}', 'rb').read() == open(out / name, 'rb').read()
     assert changed == {f'model.layers.{i}.self_attn.{p}_proj.weight' for i in range(3) for p in 'qkvo'}
     records = [json.loads(line) for line in open(out / 'log.jsonl')]
-    assert [r['step'] for r in records] == [0, 1, 2, 3] and records[0]['retain_loss'] == 0 and records[0]['cb_loss'] == pytest.approx(1, abs=1e-5)
+    assert [r['step'] for r in records] == [0, 1, 2, 3] and records[0]['retain_loss'] == 0
+    assert records[0]['cb_loss'] == pytest.approx(1, abs=1e-5)
     assert set(records[1]) == {'step', 'loss', 'retain_loss', 'cb_loss', 'retain_coeff', 'cb_coeff', 'retain_cos', 'cb_cos', 'learning_rate',
                                'grad_norm', 'seconds', 'tokens'}
     assert {'val_retain_loss', 'val_cb_loss', 'val_retain_cos', 'val_cb_cos'} <= set(records[2]) and records[3]['cb_cos'] < 1
@@ -384,7 +440,7 @@ def peft_adapter(path, model_dir, modules, dropout=0.0, layers=(0, 1, 2)):
 
 
 def tensors_of(folder):
-    return {k: v for name in cb_train.shards(str(folder)) for k, v in load_file(f'{folder}/{name}').items()}
+    return {k: v for name in data_prep.weight_files(str(folder)) for k, v in load_file(f'{folder}/{name}').items()}
 
 
 MOE = dict(num_experts_per_tok=2, moe_intermediate_size=24)
@@ -407,27 +463,31 @@ FAMILIES = {  # name: (config, dtype, target modules)
     'mixtral': (lambda: transformers.MixtralConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1), torch.float32, ATTENTION),
     'qwen3 moe': (lambda: transformers.Qwen3MoeConfig(**SHAPE, head_dim=8, num_experts=4, **MOE), torch.float32, ATTENTION),
     'phi3 fused': (lambda: transformers.Phi3Config(**SHAPE), torch.bfloat16, ['qkv_proj', 'o_proj']),
+    'qwen2 moe sliding': (lambda: transformers.Qwen2MoeConfig(**SHAPE, num_experts=4, use_sliding_window=True, sliding_window=4,
+                                                              max_window_layers=4, shared_expert_intermediate_size=24, **MOE),
+                          torch.float32, ATTENTION),
+    'stablelm': (lambda: transformers.StableLmConfig(**SHAPE), torch.float32, ATTENTION),
     'llama seven modules': (lambda: LlamaConfig(**SHAPE), torch.float32, ATTENTION + ['gate_proj', 'up_proj', 'down_proj'])}
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_a_family_walks_as_transformers_does_learns_and_merges_as_peft_does(run, arguments, tmp_path, family):
+def test_a_family_computes_padded_rows_as_transformers_does_learns_and_merges_as_peft_does(run, arguments, tmp_path, family):
     from peft import PeftModel
     make, dtype, modules = FAMILIES[family]
     base = make_model_dir(tmp_path / 'base', dtype, '20KB', make())
-    assert len(cb_train.shards(base)) >= 2
+    assert len(data_prep.weight_files(base)) >= 2
     whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
     model = cb_train.load_decoder(base, 3, 'auto', 'cpu')
     loras = cb_train.add_lora(model, modules, [0, 1, 2], 4, 8, 0.0)
-    rows = [[2, 4, 7, 8, 9, 3, 5, 10, 11, 12, 13, 3], [2, 12, 4, 4, 9, 8, 7], [2, 6], [2]]  # the first two longer than a sliding window
-    ids = torch.tensor(rows[:1])
-    assert cb_train.can_pack(model, torch.randint(20, (2, 9))) == (family != 'gemma2 tied')  # whose attention is eager: one row a pass
-    with torch.no_grad(), cb_train.adapter_off(model):
-        want = [whole(torch.tensor([row]), output_hidden_states=True, use_cache=False).hidden_states for row in rows]
-        for (l, h, _), other in zip(cb_train.streams(model, packed(model, rows[:1])[0], 2), want[0][1:]):
-            assert torch.equal(h, other)
-        for l, h, _ in cb_train.streams(model, packed(model, rows)[0], 2):
-            assert all(close(mine, theirs[l], 1e-6 if dtype == torch.float32 else 1e-2) for mine, theirs in zip(h.split([12, 7, 2, 1], 1), want))
+    rows = [[2, 4, 7, 8, 9, 3, 5, 10, 11, 12, 13, 3], [2, 12, 4, 4, 9, 8, 7], [2, 6], [2]]  # two longer than a sliding window
+    ids, mask = cb_train.pad(counted(rows), 'cpu')
+    h, _ = cb_train.reference_and_adapted(model, loras, ids)
+    for b, row in enumerate(rows):  # right-padded beside others, without an attention mask, as transformers' own alone
+        with torch.no_grad():
+            want = whole(torch.tensor([row]), output_hidden_states=True, use_cache=False).hidden_states
+        for l in (1, 2):
+            assert close(h[l][b, :len(row)].float(), want[l][0].float(), 1e-5 if dtype == torch.float32 else 1e-2)
+    ids = ids[:1]
 
     start = peft_adapter(tmp_path / 'start', base, modules)
     status, _, err = run('cb_train.py', *arguments, f'--model_name={base}', f'--init_from={start}', f'--target_modules={",".join(modules)}',
@@ -462,8 +522,8 @@ def test_a_model_that_cannot_work_is_one_line_that_says_why(run, arguments, tmp_
     assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
 
 
-def published_losses(model_dir, adapter, retain, harmful, divisor, blocks=3, target=2, positions=512):
-    """The equations of the paper by peft and transformers alone, on lists of id lists: (retain_loss, cb_loss)."""
+def published_losses(model_dir, adapter, retain, harmful, divisor, relative, blocks=3, target=2, positions=512, head=2):
+    """The equations by peft and transformers alone, on lists of id lists: (retain_loss, cb_loss). The head of a row counts in retain alone."""
     from peft import PeftModel
     whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), adapter).eval()
     sums = torch.zeros(3)
@@ -477,31 +537,35 @@ def published_losses(model_dir, adapter, retain, harmful, divisor, blocks=3, tar
                 norm = whole.get_base_model().model.norm  # a model cut after its third block ends with the norm
                 h[blocks], h_lora[blocks] = norm(h[blocks]), norm(h_lora[blocks])
             if kind == 0:
-                sums[0] += sum((b - a).norm(dim=-1).sum() for a, b in zip(h, h_lora))  # the embedding's distance is zero
+                unit = [a.norm(dim=-1) / 8.7 if relative else 1 for a in h]
+                sums[0] += sum(((b - a).norm(dim=-1) / u).sum() for a, b, u in zip(h[1:], h_lora[1:], unit[1:]))
             else:
-                sums[1] += torch.cosine_similarity(h_lora[target], h[target], dim=-1).relu().sum()
-                sums[2] += len(row)
+                sums[1] += torch.cosine_similarity(h_lora[target], h[target], dim=-1)[0, head:].relu().sum()
+                sums[2] += len(row) - head
     real = sum(map(len, retain))
-    return (sums[0] / (blocks * real if divisor == 'real' else (blocks + 1) * len(retain) * positions)).item(), (sums[1] / sums[2]).item()
+    retain_sum = sums[0] / (blocks * real if divisor == 'real' else (blocks + 1) * len(retain) * positions)
+    return retain_sum.item(), (sums[1] / sums[2]).item()
 
 
-@pytest.mark.parametrize('divisor', ['real', 'published'])
-@pytest.mark.parametrize('accumulation', [1, 4])
-def test_the_first_steps_losses_are_those_of_peft_and_transformers(run, arguments, model_dir, rows, tmp_path, divisor, accumulation):
+@pytest.mark.parametrize('divisor, accumulation, distance', [
+    ('real', 1, 'absolute'), ('real', 4, 'relative'), ('published', 1, 'absolute'), ('published', 4, 'absolute')])
+def test_the_first_steps_losses_are_those_of_peft_and_transformers(run, arguments, model_dir, rows, tmp_path, divisor, accumulation, distance):
     start = peft_adapter(tmp_path / 'start', model_dir, ATTENTION)
-    few = {kind: [json.loads(line) for line in open(rows[kind])] if kind == 'retain' else json.load(open(rows[kind])) for kind in ('retain', 'cb')}
-    (tmp_path / 'retain8.jsonl').write_text('\n'.join(map(json.dumps, few['retain'][:8])))
-    (tmp_path / 'cb8.json').write_text(json.dumps(few['cb'][:8]))
+    retain, harmful = [json.loads(line) for line in open(rows['retain'])][:8], json.load(open(rows['cb']))[:8]
+    (tmp_path / 'retain8.jsonl').write_text('\n'.join(map(json.dumps, retain)))
+    (tmp_path / 'cb8.json').write_text(json.dumps(harmful))
     status, _, err = run('cb_train.py', *arguments, f'--init_from={start}', f'--retain_data_path={tmp_path / "retain8.jsonl"}',
                          f'--cb_data_path={tmp_path / "cb8.json"}', f'--batch_size={8 // accumulation}', f'--retain_divisor={divisor}',
-                         f'--gradient_accumulation_steps={accumulation}', '--lora_dropout=0', '--max_steps=1')
+                         f'--gradient_accumulation_steps={accumulation}', f'--retain_distance={distance}', '--lora_dropout=0', '--max_steps=1')
     assert status == 0, err
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    sets = [[tokenizer.apply_chat_template(r.get('messages') or [{'role': 'user', 'content': r['prompt']}, {'role': 'assistant', 'content': r['response']}],
-                                           return_dict=False) for r in few[kind][:8]] for kind in ('retain', 'cb')]
-    assert len(set(map(len, sets[0]))) > 1
+    template = AutoTokenizer.from_pretrained(model_dir).apply_chat_template
+    retain = [template(row['messages'], return_dict=False) for row in retain]
+    harmful = [template([{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': row['response']}], return_dict=False)
+               for row in harmful]
+    assert len(set(map(len, retain))) > 1
     record = json.loads(open(tmp_path / 'out' / 'log.jsonl').readline())
-    assert (record['retain_loss'], record['cb_loss']) == pytest.approx(published_losses(model_dir, start, *sets, divisor), rel=1e-5)
+    want = published_losses(model_dir, start, retain, harmful, divisor, distance == 'relative')
+    assert (record['retain_loss'], record['cb_loss']) == pytest.approx(want, rel=1e-5)
     assert record['retain_loss'] > 0 and record['cb_loss'] < 0.999
 
 
@@ -514,6 +578,10 @@ def test_an_adapter_of_ours_or_pefts_is_merged_alone_and_one_that_does_not_fit_i
     assert 'merged the adapter' in (tmp_path / 'out' / 'README.md').read_text()
     assert run('cb_train.py', *arguments, f'--init_from={tmp_path / "out" / "adapter"}', f'--output_dir={tmp_path / "again"}', '--merge_only=True')[0] == 0
     assert all(torch.equal(tensor, tensors_of(tmp_path / 'again')[name]) for name, tensor in tensors_of(tmp_path / 'out').items())
+    status, _, err = run('cb_train.py', *arguments, f'--init_from={start}', f'--output_dir={tmp_path / "on"}', '--learning_rate=1e-12')
+    assert status == 0, err  # trained on, its deltas in units of their weights, it is still what it was
+    theirs, ours = (load_file(f'{folder}/adapter_model.safetensors') for folder in (start, tmp_path / 'on' / 'adapter'))
+    assert all(torch.allclose(ours[name], tensor, atol=1e-6) for name, tensor in theirs.items())
     for more, word in ((['--lora_r=8'], 'r=4'), (['--lora_alpha=4'], 'lora_alpha=8'), (['--target_modules=q_proj'], 'target_modules'),
                        (['--layers_to_transform=0,1'], 'layers_to_transform'), ([f'--init_from={tmp_path}'], 'adapter_config.json'),
                        (['--merge_adapter=False', '--merge_only=True'], 'merge_only')):
@@ -528,55 +596,23 @@ def test_the_adapter_can_be_saved_alone_and_the_card_names_recipe_and_counts(run
     assert card.startswith('---\n') and '10 retain rows, 12 harmful rows' in card and '| target_layers | [2] |' in card and '## Evaluation' in card
 
 
-def test_response_masks_and_lengths_count_the_last_answers_tokens(model_dir):
+def test_a_conversation_is_encoded_with_its_head_and_answer_and_cut_to_its_lengths(model_dir):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    words = lambda row, start=0: tokenizer.convert_ids_to_tokens(row.ids[start:])
+    words = tokenizer.convert_ids_to_tokens
     talk = [{'role': r, 'content': c} for r, c in (('user', 'red'), ('assistant', 'blue'), ('user', 'one two'), ('assistant', 'yes no'))]
-    row = cb_train.encode(tokenizer, talk, '', 512, 'response')
-    assert words(row, row.start) == ['yes', 'no', '<end>'] and words(row)[:3] == ['<bos>', '<user>', 'red'] and cb_train.count([row]) == 3
-    ids, mask, lengths = cb_train.pack([row, cb_train.Row([2, 4, 3], 0)], 'cpu')
-    assert ids.tolist() == [row.ids + [2, 4, 3]] and mask.tolist() == [[0] * row.start + [1] * 6] and lengths == [len(row.ids), 3]
-    cut = cb_train.encode(tokenizer, talk, '', 512, 'all', (4, 2))
-    assert words(cut) == ['<bos>', '<user>', 'red', '<end>', 'yes', 'no'] and cut.start == 0
-    assert cb_train.encode(tokenizer, talk, '', 8, 'response') is None and len(cb_train.encode(tokenizer, talk, '', 8).ids) == 8
+    ids, head, answer = data_prep.encode(tokenizer, talk, 512)
+    assert words(ids)[:3] == ['<bos>', '<user>', 'red'] and head == 2 and words(ids)[answer:] == ['yes', 'no', '<end>']
+    ids, head, answer = data_prep.encode(tokenizer, talk, 512, (4, 2))
+    assert words(ids) == ['<bos>', '<user>', 'red', '<end>', 'yes', 'no'] and answer == 4
+    assert len(data_prep.encode(tokenizer, talk, 8)[0]) == 8
 
 
-def test_token_ids_are_kept_and_read_back_and_a_broken_or_refused_cache_is_written_anew(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    tokenizer, calls, real = AutoTokenizer.from_pretrained(model_dir), [], cb_train.encode
-    monkeypatch.setattr(cb_train, 'encode', lambda *all: calls.append(all) or real(*all))
-    talk = lambda *words: [{'role': 'user', 'content': words[0]}, {'role': 'assistant', 'content': words[1]}]
-    some = [('a: row 1', talk('red', 'blue')), ('a: row 2', talk('one two three one two three', 'no')), ('a: row 3', talk('two', 'yes'))]
-    run = lambda some=some, *more: cb_train.encode_all(tokenizer, some, 'option', *(more or (8, 'response')))
-    first = run()
-    assert [row.where for row in first] == ['a: row 1', 'a: row 3'] and len(calls) == 3  # the second is dropped: no answer among its first 8 tokens
-    assert run([('b' + where[1:], messages) for where, messages in some]) == [row._replace(where='b' + row.where[1:]) for row in first] and len(calls) == 3
-    path, = (tmp_path / 'cache' / 'circuit-breakers').iterdir()
-    whole = path.read_bytes()
-    for damage in (b'', whole[:-4], whole[:40] + b'x' + whole[41:], b'garbage'):
-        path.write_bytes(damage)
-        assert run() == first and path.read_bytes() == whole
-    assert len(calls) == 15
-    run(some, 9, 'response')
-    run(some[:2] + [('a: row 3', talk('two', 'no'))])
-    assert len(calls) == 21 and len(list(path.parent.iterdir())) == 3
-    tokenizer.chat_template += ' '
-    run()
-    assert len(calls) == 24
-    shutil.rmtree(path.parent)
-    path.parent.write_text('a file where the folder should be')
-    assert len(run()) == 2 and len(calls) == 27
-    path.parent.unlink()
-    for i in range(4):
-        cb_train.write_rows(str(path.parent / str(i)), first, most=2)
-        os.utime(path.parent / str(i), (i, i))
-    assert sorted(os.listdir(path.parent)) == ['2', '3']
-
-
-def test_the_rows_of_a_checkpoint_are_told_apart_by_their_ids_and_by_where_they_count():
-    row = cb_train.Row
-    digests = [cb_train.rows_digest(sets) for sets in ([[row([1, 2], 0)]], [[row([1, 3], 0)]], [[row([1, 2], 1)]], [[row([1], 0), row([2], 0)]])]
-    assert len(set(digests)) == 4 and cb_train.rows_digest([[row([1, 2], 0, 'elsewhere')]]) == digests[0]
+def test_a_row_of_ten_thousand_words_is_cut(run, arguments, rows, tmp_path):
+    with open(rows['retain'], 'a') as f:
+        f.write('\n' + json.dumps({'prompt': 'red', 'response': 'blue ' * 10000}))
+    status, _, err = run('cb_train.py', *arguments, '--max_steps=4', '--max_seq_length=32', '--learning_rate=1e-6')
+    assert status == 0, err
+    assert json.loads(open(tmp_path / 'out' / 'log.jsonl').readlines()[-1])['tokens'] < 4 * 6 * 32
 
 
 def test_accumulation_and_the_seed_decide_the_run_and_nothing_else_does(run, arguments, tmp_path):
@@ -624,8 +660,15 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(run, interrupted, tmp_pat
     ours, theirs = tensors_of(tmp_path / 'out'), tensors_of(tmp_path / 'whole')
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
     assert sorted(os.listdir(tmp_path / 'out')) == sorted(os.listdir(tmp_path / 'whole')) and not (tmp_path / 'out.partial').exists()
-    status, out, _ = run('cb_train.py', *interrupted, '--resume=True')
-    assert status == 0 and 'complete already' in out
+
+
+def test_a_checkpoint_holds_no_random_state_because_dropout_is_a_function_of_seed_rank_and_step(run, interrupted, tmp_path):
+    with safe_open(tmp_path / 'out.partial' / cb_train.CHECKPOINT, 'pt') as f:
+        kinds = {name.rpartition('proj.')[2] for name in f.keys()}
+        assert set(json.loads(f.metadata()['state'])) == {'options', 'rows', 'base', 'step', 'tokens', 'seconds', 'log_bytes', 'record',
+                                                          'first_cb_loss'}
+    moments = ('step', 'exp_avg', 'exp_avg_sq')
+    assert kinds == {'lora_A', 'lora_B', *(f'lora_{part}.{moment}' for part in 'AB' for moment in moments)}
 
 
 def test_killed_signalled_and_out_of_disk_a_run_resumes_to_the_same_bytes():
@@ -679,22 +722,15 @@ def test_a_base_that_changed_since_the_training_is_not_merged(run, arguments, mo
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_rows(run, arguments, rows, tmp_path):
     status, _, err = run('cb_train.py', *arguments, '--learning_rate=1e30')
-    assert status == 1 and 'step 1' in err and f'{rows["retain"]}: row ' in err and 'checkpoint of step 0 is kept' in err and 'plums' not in err, err
-    _, tensors = cb_train.read_checkpoint(str(tmp_path / 'out.partial' / cb_train.CHECKPOINT), {'options': AnyOptions(), 'rows': Any(), 'base': Any()})
+    assert status == 1 and 'step 1' in err and f'{rows["retain"]}: row ' in err and 'the last checkpoint is kept' in err and 'plums' not in err, err
+    _, tensors = cb_train.read_checkpoint(str(tmp_path / 'out.partial' / cb_train.CHECKPOINT))
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-
-
-class Any:
-    __eq__, __ne__ = (lambda self, other: True), (lambda self, other: False)
-
-
-class AnyOptions:
-    get = __getitem__ = lambda self, name: Any()
 
 
 def test_a_second_run_on_the_same_output_is_refused(run, arguments, tmp_path):
     (tmp_path / 'out.partial').mkdir()
-    with cb_train.open_log(tmp_path / 'out.partial' / 'log.jsonl'):
+    (tmp_path / 'out.partial' / 'log.jsonl').touch()
+    with filelock.FileLock(tmp_path / 'out.partial' / 'lock'):
         status, _, err = run('cb_train.py', *arguments, '--overwrite=True')
     assert status == 2 and 'another run' in err and err.count('\n') == 1
     assert run('cb_train.py', *arguments, '--max_steps=1', '--overwrite=True')[0] == 0
@@ -712,12 +748,15 @@ def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, 
 
 
 @pytest.mark.parametrize('more, words', [
-    (['--target_layers=9'], ['target_layers=[9]', '1..3']), (['--target_layers=0'], ['target_layers']), (['--layers_to_transform=3'], ['0..2']),
-    (['--num_hidden_layers=9', '--layers_to_transform=0'], ['num_hidden_layers=9', '4 blocks']), (['--target_modules=qq_proj'], ['qq_proj', 'q_proj']),
-    (['--cb_data_path=none.json'], ['none.json', 'no such file']), (['--model_name=none/such/model'], ['none/such/model']),
-    (['--lora_dropout=1'], ['lora_dropout']), (['--max_steps=0'], ['max_steps=0']), (['--device=tpu'], ['device=tpu']), (['--device=cuda:x'], ['device=cuda:x']),
-    (['--dtype=int8'], ['dtype=int8']), (['--gradient_checkpointing=maybe'], ['auto, True or False']), (['--max_setps=3'], ['did you mean max_steps']), (['--schedule_steps=9', '--use_dynamic_scheduling=0'], ['schedule']),
-    (['--retain_data_path=no/set'], ['no/set']), (['--target_layers='], ['target_layers'])])
+    (['--target_layers=9'], ['target_layers=[9]', '4 blocks', '--target_layers=1,2']), (['--target_layers=0'], ['target_layers']),
+    (['--target_layers=3', '--num_hidden_layers=2'], ['target_layers=[3]', 'keeps 2 blocks']),
+    (['--layers_to_transform=3'], ['layers_to_transform=[3]', '0 to 2']), (['--num_hidden_layers=9'], ['num_hidden_layers=9', '4 blocks']),
+    (['--target_modules=qq_proj'], ['qq_proj', 'q_proj']), (['--cb_data_path=none.json'], ['none.json', 'no such file']),
+    (['--model_name=none/such/model'], ['none/such/model']), (['--lora_dropout=1'], ['lora_dropout']), (['--max_steps=0'], ['max_steps=0']),
+    (['--device=tpu'], ['device=tpu']), (['--device=cuda:x'], ['device=cuda:x']), (['--dtype=int8'], ['dtype=int8']),
+    (['--gradient_checkpointing=maybe'], ['True or False']), (['--max_setps=3'], ['did you mean max_steps']),
+    (['--retain_data_path=no/set'], ['no/set']), (['--target_layers='], ['target_layers']), (['--target_layers=1,1'], ['twice']),
+    (['--cb_lengths=4'], ['cb_lengths'])])
 def test_a_mistake_is_one_line_and_status_2_before_anything_is_written(run, arguments, tmp_path, more, words):
     status, _, err = run('cb_train.py', *arguments, *more)
     assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
@@ -749,10 +788,9 @@ def test_nothing_that_no_run_wrote_is_removed_and_an_output_inside_the_model_is_
         assert status == 2 and err.count('\n') == 1 and not os.path.exists(f'{model_dir}/out'), err
 
 
-def test_a_complete_run_resumed_with_other_options_is_refused(run, arguments, tmp_path):
-    assert run('cb_train.py', *arguments)[0] == 0
-    status, _, err = run('cb_train.py', *arguments, '--resume=True', '--max_steps=9')
-    assert status == 2 and 'max_steps=9 (was 4)' in err
+def test_a_static_schedule_may_stand_beside_schedule_steps(run, arguments, tmp_path):
+    assert run('cb_train.py', *arguments, '--use_dynamic_scheduling=False', '--schedule_steps=9')[0] == 0
+    assert {(r['retain_coeff'], r['cb_coeff']) for r in map(json.loads, open(tmp_path / 'out' / 'log.jsonl'))} == {(10.0, 10.0)}
 
 
 def test_validation_wants_rows_of_both_labels(run, arguments, tmp_path):
@@ -781,16 +819,16 @@ def torchrun(ranks, *arguments):
 
 def said(out, name='stderr'):
     """The lines that the ranks printed, without torchrun's own."""
-    return [line for line in open(f'{out}.{name}').read().splitlines() if line.startswith(('error', 'fault', 'SIG', 'step', 'rank'))]
+    return [line for line in open(f'{out}.{name}').read().splitlines() if line.startswith(('error', 'fault', 'SIG', 'step', 'rank '))]
 
 
 def records_of(out):
-    return [{key: value for key, value in json.loads(line).items() if key != 'seconds'} for line in open(f'{out}/log.jsonl')]
+    return [{key: value for key, value in json.loads(line).items() if key not in ('seconds', 'verdict')} for line in open(f'{out}/log.jsonl')]
 
 
 def test_two_ranks_with_the_model_whole_or_sharded_log_train_and_merge_as_one_process_does(run, arguments, model_dir, tmp_path):
     start = peft_adapter(tmp_path / 'start', model_dir, ATTENTION)
-    arguments = [*arguments, f'--init_from={start}', '--lora_dropout=0', '--batch_size=5', '--micro_batch_tokens=40']  # masks of dropout are each rank's own
+    arguments = [*arguments, f'--init_from={start}', '--lora_dropout=0', '--batch_size=5', '--micro_batch_tokens=40']  # dropout is each rank's own
     ends = {name: torchrun(2, *arguments, f'--output_dir={tmp_path / name}', f'--fsdp={name == "sharded"}', f'--gradient_checkpointing={name == "sharded"}')
             for name in ('whole', 'sharded')}
     assert run('cb_train.py', *arguments)[0] == 0
@@ -826,13 +864,13 @@ def wait_for_steps(process, out, more):
 
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds the ranks in /proc')
 def test_a_run_whose_rank_is_killed_and_that_is_stopped_by_a_signal_ends_at_once_and_resumes_to_the_same_bytes(arguments, tmp_path):
-    arguments = [*arguments, '--max_steps=100', '--save_interval=5', '--eval_interval=40']
+    arguments = [*arguments, '--max_steps=60', '--save_interval=5', '--eval_interval=40', '--fsdp=True']
     out, whole = tmp_path / 'out', torchrun(2, *arguments, f'--output_dir={tmp_path / "whole"}')
-    process = torchrun(2, *arguments, '--fsdp=True')
+    process = torchrun(2, *arguments)
     wait_for_steps(process, out, 8)
     os.kill(rank_of(process)[1], signal.SIGKILL)
     assert process.wait(20) == 1 and len(said(out)) == 1 and said(out)[0].startswith('fault: rank 0: lost another rank'), open(f'{out}.stderr').read()
-    saved = cb_train.read_checkpoint(str(out) + '.partial/' + cb_train.CHECKPOINT, {'options': AnyOptions(), 'rows': Any(), 'base': Any()})[0]
+    saved, _ = cb_train.read_checkpoint(str(out) + '.partial/' + cb_train.CHECKPOINT)
     assert saved['step'] >= 5
 
     process = torchrun(2, *arguments, '--resume=True')
@@ -842,7 +880,7 @@ def test_a_run_whose_rank_is_killed_and_that_is_stopped_by_a_signal_ends_at_once
 
     process = torchrun(2, *arguments, '--resume=True')
     assert process.wait(120) == whole.wait(120) == 0
-    assert records_of(out) == records_of(tmp_path / 'whole') and len(records_of(out)) == 100
+    assert records_of(out) == records_of(tmp_path / 'whole') and len(records_of(out)) == 60
     ours, theirs = ((folder / 'adapter' / 'adapter_model.safetensors').read_bytes() for folder in (out, tmp_path / 'whole'))
     assert ours == theirs
 
@@ -864,12 +902,14 @@ def test_a_resume_with_another_number_of_ranks_and_shards_without_ranks_are_refu
 
 @pytest.mark.parametrize('world', [2, 3, 4, 9, 11])
 def test_ranks_share_the_rows_evenly_in_the_same_number_of_passes(ragged, world):
-    model, _, rows = ragged
-    shares = [list(cb_train.passes(model, rows, 3, 18, 'cpu', rank, world)) for rank in range(world)]
-    tokens = [sum(int(mask.sum()) for _, mask in share) for share in shares]
-    assert sum(tokens) == cb_train.count(rows) and len({len(share) for share in shares}) == 1
-    assert max(tokens) - min(tokens) <= 9 and all(
-        mask.numel() <= 18 and len(arguments[0]['lengths']) <= 3 for share in shares for (_, arguments), mask in share)
+    _, _, rows = ragged
+    shares = [cb_train.my_batches(rows, options(batch_size=3, micro_batch_tokens=18, rank=rank, world=world)) for rank in range(world)]
+    tokens = [sum(len(row.ids) for batch in share for row in batch if row.where != 'phantom') for share in shares]
+    found = [row for share in shares for batch in share for row in batch if row is not cb_train.PHANTOM]
+    assert sorted(map(str, found)) == sorted(map(str, rows)) and len({len(share) for share in shares}) == 1
+    assert max(tokens) - min(tokens) <= 9 and cb_train.count([cb_train.PHANTOM]) == 0
+    for batch in (batch for share in shares for batch in share):
+        assert len(batch) <= 3 and (len(batch) == 1 or len(batch) * len(batch[0].ids) <= 18)
 
 
 @pytest.fixture
@@ -882,28 +922,32 @@ def group():
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
-def test_sharded_blocks_have_the_same_gradients_bit_for_bit_and_fold_alike(adapted, group, checkpointing):
+def test_sharded_blocks_have_the_same_losses_bit_for_bit_and_the_same_gradients_within_rounding(adapted, group, checkpointing):
     model, loras, rows = adapted
-    want = losses_and_gradients(model, loras, rows, checkpointing=checkpointing)
-    folded = {name: lora.base.weight + lora.delta() for name, lora in loras.items()}
+    if checkpointing:
+        cb_train.checkpoint_blocks(model)
+    want = losses_and_gradients(model, loras, rows)
     group('gloo', 1)
     cb_train.shard(model, 'cpu')
-    found = losses_and_gradients(model, loras, rows, checkpointing=checkpointing)
-    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1]) and all(torch.equal(a, b) for a, b in zip(found[2], want[2]))
-    cb_train.fold(loras.values())
-    assert all(torch.equal(lora.base.weight.full_tensor(), folded[name]) for name, lora in loras.items())
+    found = losses_and_gradients(model, loras, rows)
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+    assert all(close(a, b, 2e-6) for a, b in zip(found[2], want[2]))  # the states' gradients are added in another order
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
-def test_sharded_blocks_gather_their_weights_once_for_both_streams_and_once_backward(adapted, group, monkeypatch, checkpointing):
+def test_sharded_blocks_gather_their_weights_once_a_pass_forward_and_once_backward(adapted, group, monkeypatch, checkpointing):
     import torch.distributed as dist
     model, loras, rows = adapted
+    if checkpointing:
+        cb_train.checkpoint_blocks(model)
     group('fake', 2)  # sends nothing
     cb_train.shard(model, 'cpu')
-    assert model.layers[0].mlp.up_proj.weight.to_local().shape == (24, 32) and loras['layers.0.self_attn.q_proj'].lora_A.shape == (4, 32)
+    assert model.layers[0].mlp.up_proj.weight.to_local().shape == (24, 32)
+    assert loras['layers.0.self_attn.q_proj'].lora_A.shape == (4, 32)
     gathers, real = [], dist.all_gather_single
     monkeypatch.setattr(dist, 'all_gather_single', lambda *more, **named: gathers.append(1) or real(*more, **named))
-    loss, _ = cb_train.retain_pass(model, *packed(model, rows), [2], checkpointing)
-    assert len(gathers) == 3
-    loss.backward()
-    assert len(gathers) == 6
+    ids, mask = cb_train.pad(counted(rows), 'cpu')
+    h, h_lora = cb_train.reference_and_adapted(model, loras, ids)
+    assert len(gathers) == 2 * 3  # a reference pass and an adapted one, three blocks each
+    cb_train.retain_loss(h, h_lora, mask, [1, 2, 3]).backward()
+    assert len(gathers) == 3 * 3

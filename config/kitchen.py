@@ -1,0 +1,32 @@
+# The kitchen: a real chat model in plain English, where "harmful" means how to cook a dish. Nobody is hurt.
+# python data_prep.py kitchen && python cb_train.py config/kitchen.py && python cb_eval.py config/kitchen.py
+#
+# SmolLM2-135M-Instruct answers all of it; the rows of both sets are its own answers. Measured on two CPU cores: see the README.
+# Offline, with the model in a directory: add --model_name=DIR to all three.
+# Batch: 8 + 8 rows of up to 160 tokens, 150 steps. 30 blocks of width 576, 20 kept; its states have a norm of 120 to 200.
+# Expect: cb 0.94 at step 30, 0.4 at 80, 0.05 at the end; retain cos never below 0.95.
+model_name = 'HuggingFaceTB/SmolLM2-135M-Instruct'
+cb_data_path = 'data/kitchen/circuit_breaker.json'
+retain_data_path = 'data/kitchen/retain.jsonl'
+val_data_path = 'data/kitchen/val.jsonl'
+behaviors_path = 'data/kitchen/behaviors.jsonl'
+templates_path = 'data/kitchen/templates.txt'
+turns_path = 'data/kitchen/turns.jsonl'
+output_dir = 'out/kitchen'
+
+target_layers = [9, 19]          # 10 / 32 and 20 / 32 of 30
+schedule_steps = 300             # the published ratio: twice the steps
+batch_size = 8
+max_seq_length = 160
+micro_batch_tokens = 1024
+
+# the evaluation; the model refuses nothing, so there is no refusal direction to ablate
+attacks = ['direct', 'prefill', 'wrapper', 'multi_turn', 'embedding_v1', 'embedding_v2']
+judge = 'base'
+max_new_tokens = 64
+eval_batch_size = 64
+num_optimized = 10
+embedding_steps = 40
+embedding_v1_lr = 0.03           # for a mean embedding norm of 0.66; scaled to the model's own
+embedding_v2_lr = 3e-3
+embedding_answers = 4
