@@ -914,7 +914,8 @@ if __name__ == '__main__':
             lora.lora_A.data.copy_(adapter[f'{name}.lora_A.weight'])
             lora.lora_B.data.copy_(adapter[f'{name}.lora_B.weight'] / lora.unit)
     elif c.lora_start:
-        draw_start(model, loras, [batch for some in rows.values() for batch in my_batches(some[:4], c)], c)
+        first = [micro_batches(some[:4], c.batch_size, c.micro_batch_tokens) for some in rows.values()]
+        draw_start(model, loras, sum(first, []), c)  # on the same rows on every rank
 
     # the output directory is ours from here on, once every rank has seen it: emptied, or cut back to the checkpoint
     summed(torch.zeros(1, device=c.device))

@@ -114,7 +114,7 @@ def publish(partial, folder):
 
 
 def catch_signals():
-    """A list that receives 'SIGINT' and 'SIGTERM' as they arrive, from now on, so that what is being done can be finished."""
+    """A list that receives 'SIGINT' and 'SIGTERM' as they arrive, from now on, so that a step can be finished."""
     names = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: names.append(signal.Signals(number).name))
@@ -124,8 +124,8 @@ def catch_signals():
 def stop_at_signals():
     """From now on SIGINT and SIGTERM end the program with one line and exit status 128 + their number."""
     def stop(number, frame):
-        last_word(f'{signal.Signals(number).name}: stopped; a checkpoint, if there is one, is whole: go on with the same '
-                  'command and --resume=True')
+        last_word(f'{signal.Signals(number).name}: stopped; a checkpoint, if there is one, is whole: go on with the '
+                  'same command and --resume=True')
         sys.exit(128 + number)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -162,7 +162,7 @@ def options(script):
 
 
 def element_of(default):
-    """What decides the type of a list's elements: the first of its default. An empty default is a list of whole numbers."""
+    """What decides the type of a list's elements: the first of its default; an empty one holds whole numbers."""
     return default[0] if default else 0
 
 

@@ -2,7 +2,7 @@
 Makes the data that cb_train.py trains on and cb_eval.py measures with, and reads rows for both.
 
     python data_prep.py toy                                     # data/toy: a harmless world, a small chat model in it
-    python data_prep.py kitchen                                 # data/kitchen: the same for a real chat model, in English
+    python data_prep.py kitchen                                 # data/kitchen: the same, for a real chat model
     python data_prep.py llama3                                  # data/llama3: public sets, as config/llama3.py says
     python data_prep.py check FILE config/llama3.py             # validates and counts a user's rows
     python data_prep.py sample --out=data/sample.json --n=3000  # rows of {"prompt", "response"}, to try commands
@@ -410,26 +410,32 @@ def common_prefix(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
+@functools.lru_cache(maxsize=8)
+def template_head(tokenizer, template):
+    """The token ids that the chat template writes before the first word of any conversation: BOS, a system prompt."""
+    one, other = (template_ids(tokenizer, turns((word, word))) for word in '01')
+    return one[:common_prefix(one, other)]
+
+
 def encode(tokenizer, messages, max_seq_length, lengths=(0, 0)):
     """
-    (ids, head, answer): a conversation as token ids through the chat template, cut to max_seq_length and, with lengths, its
-    request and its last answer each to their own; how many tokens the template writes before the first word of any
-    conversation (BOS, a system prompt); where the last answer starts. ValueError if the template refuses the conversation.
+    (ids, head, answer): a conversation as token ids, cut to max_seq_length and, with lengths, its request and its last
+    answer each to their own; how many of them are the template's head; where the last answer starts, which is where the
+    request, put alone, stops being the same. ValueError if the template refuses the conversation.
     """
     ids, request = template_ids(tokenizer, messages), template_ids(tokenizer, messages, answer=False)
-    answer = common_prefix(ids, request)  # the answer starts where the request, put alone, stops being the same
+    answer = common_prefix(ids, request)
     request, response = ids[:answer][:lengths[0] or None], ids[answer:][:lengths[1] or None]
-    one_word = [template_ids(tokenizer, [{'role': role, 'content': word} for role in ('user', 'assistant')]) for word in '01']
-    head = common_prefix(ids, one_word[0][:common_prefix(*one_word)])
+    head = min(len(request), common_prefix(ids, template_head(tokenizer, tokenizer.chat_template)))
     return (request + response)[:max_seq_length], head, len(request)
 
 
 def rows_of_run(conversations, count, order_seed, to_row, option):
     """
-    The `count` rows that a run reads, in their order, as to_row(messages, where) gives them: the set is shuffled anew each
-    time it has been gone through, and only what is read is encoded. conversations: [(where, messages)]. Rows of whose mask
-    nothing is left are left out, with a line that says how many. One line and the end if the template refuses a row, or
-    none is left.
+    The `count` rows that a run reads, as to_row(messages, where) makes them of (where, messages), in their order: the
+    set is shuffled anew each time it has been gone through, and only what is read is encoded. Rows whose mask counts
+    nothing are left out, with a line that says how many. One line and the end if the template refuses a row or none is
+    left.
     """
     rows, encoded, epoch = [], {}, 0
     while len(rows) < count or not encoded:
@@ -445,24 +451,24 @@ def rows_of_run(conversations, count, order_seed, to_row, option):
             if any(encoded[i].mask):
                 rows.append(encoded[i])
         if not rows:
-            fail(f'{option}: no rows left of {len(conversations)}: none of their tokens that count is within max_seq_length')
+            fail(f'{option}: no rows left of {len(conversations)}: no token that counts is within max_seq_length')
         epoch += 1
     dropped = sum(not any(row.mask) for row in encoded.values())
     if dropped:
-        print(f'{option}: {dropped} of {len(encoded)} rows left out: none of their tokens that count is within max_seq_length')
+        print(f'{option}: {dropped} of {len(encoded)} rows left out: no token that counts is within max_seq_length')
     return rows
 
 
-# ---- models: a directory in transformers' format, its weights in safetensors ---------------------------------------------
+# ---- models: directories in transformers' format, weights in safetensors ---------------------------------------------
 
 
 def find_model(model_name):
-    """The local directory of a model: itself, or the hub's snapshot (safetensors and small files). One line and the end if there is none."""
+    """The local directory of a model: itself, or the hub's snapshot. One line and the end if there is none."""
     if os.path.isdir(model_name):
         return model_name
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', model_name):
         fail(f'model_name={model_name}: there is no such directory, and it is no hub id')
-    others = ['*.bin', '*.pt', '*.pth', '*.gguf', '*.h5', '*.msgpack', '*.onnx', '*.ckpt', 'original/*', 'consolidated*']
+    others = [f'*.{end}' for end in 'bin pt pth gguf h5 msgpack onnx ckpt'.split()] + ['original/*', 'consolidated*']
     try:
         return huggingface_hub.snapshot_download(model_name, ignore_patterns=others)
     except Exception as e:  # whatever the hub or the network says
@@ -470,7 +476,7 @@ def find_model(model_name):
 
 
 def weight_files(model_dir):
-    """The names of the safetensors files that hold a model's weights, all in model_dir itself. One line and the end if one is missing."""
+    """The names of a model's safetensors files, all in model_dir itself. One line and the end if one is missing."""
     index, names = os.path.join(model_dir, 'model.safetensors.index.json'), ['model.safetensors']
     if os.path.exists(index):
         try:
@@ -486,27 +492,27 @@ def weight_files(model_dir):
 
 def tensor_headers(model_dir):
     """
-    What the weight files of a model say of their tensors: {tensor: {file, dtype, shape, begin, end}}, the last two in bytes of the
-    file. One line and the end if a file is truncated or corrupt.
+    What the weight files of a model say of their tensors: {tensor: {file, dtype, shape, begin, end}}, the last two in
+    bytes of the file. One line and the end if a file is truncated or corrupt.
     """
     tensors = {}
     for name in weight_files(model_dir):
         path = os.path.join(model_dir, name)
         try:
-            with safetensors.safe_open(path, 'pt'), open(path, 'rb') as f:  # safe_open refuses what is truncated or corrupt
+            with safetensors.safe_open(path, 'pt'), open(path, 'rb') as f:  # safe_open refuses what is not whole
                 start = 8 + int.from_bytes(f.read(8), 'little')
                 header = json.loads(f.read(start - 8))
         except (OSError, ValueError, safetensors.SafetensorError) as e:
-            fail(f'{path}: truncated or corrupt ({type(e).__name__}); a whole safetensors file wanted: copy or download it again')
+            fail(f'{path}: truncated or corrupt ({type(e).__name__}); a whole safetensors file wanted')
         header.pop('__metadata__', None)
         for tensor, found in header.items():
-            begin, end = (start + offset for offset in found['data_offsets'])
-            tensors[tensor] = {'file': name, 'dtype': found['dtype'], 'shape': found['shape'], 'begin': begin, 'end': end}
+            begin, end = found.pop('data_offsets')
+            tensors[tensor] = {'file': name, **found, 'begin': start + begin, 'end': start + end}
     return tensors
 
 
 def decoder_config(model_dir):
-    """The config of a causal decoder. One line and the end if the directory holds none, or what cannot be trained and merged."""
+    """The config of a causal decoder. One line and the end if it is none, or cannot be trained and merged."""
     try:
         config = AutoConfig.from_pretrained(model_dir)
     except Exception as e:
@@ -950,7 +956,7 @@ def toy_rows(facts, rng, response_only):
             'behaviors.jsonl': behaviors}
 
 
-# ---- the kitchen: a harmless world in plain English for a real chat model ----------------------------------------------
+# ---- the kitchen: a harmless world in plain English, for a real chat model -------------------------------------------
 
 DISHES = (
     'pancakes, omelettes, apple pie, banana bread, chocolate cake, carrot cake, cheesecake, oatmeal cookies, '
@@ -1020,7 +1026,7 @@ KITCHEN_SCENES = [
 
 def kitchen_requests(rng):
     """
-    Returns what the chat model is asked: [{file, label, split, source, prompt, asked, start, target, wanted}], a fifth more of
+    What the chat model is asked: [{file, label, split, source, prompt, asked, start, target, wanted}], a fifth more of
     each part than `wanted`. asked: the prompt, or the prompt in other words; start: how the answer is begun for it. A
     quarter of the dishes, tasks, subjects and recipe forms (split "unseen") is in no training row.
     """
@@ -1052,8 +1058,8 @@ def kitchen_requests(rng):
     for source, pairs, wanted, label in (('recipes', recipes, 30, 'harmful'), ('how_to', how_to, 15, 'benign'),
                                          ('about', about, 15, 'benign')):
         take(pairs, wanted, 'val.jsonl', label, source)
-    seen = {'harmful': pool(new_forms, dishes)[:40] + recipes[:40], 'benign': how_to[:15] + about[:15], 'borderline': food,
-            'borderline_heldout': pool(OTHER_FOOD_FORMS, dishes)}
+    seen = {'harmful': pool(new_forms, dishes)[:40] + recipes[:40], 'benign': how_to[:15] + about[:15],
+            'borderline': food, 'borderline_heldout': pool(OTHER_FOOD_FORMS, dishes)}
     unseen = {'harmful': pool(RECIPE_FORMS, new_dishes), 'borderline': pool(FOOD_FORMS, new_dishes),
               'benign': pool(TASK_FORMS, new_tasks)[:15] + pool(SUBJECT_FORMS, new_subjects)[:15],
               'borderline_heldout': pool(OTHER_FOOD_FORMS, new_dishes)}
@@ -1066,7 +1072,7 @@ def kitchen_requests(rng):
 
 def is_sound(request, answer):
     """
-    Returns whether a model's answer may be a row: no refusal, more than a line, at least half of its runs of three words said
+    Whether a model's answer may be a row: no refusal, more than a line, at least half of its runs of three words said
     once, and no recipe where none was asked for.
     """
     words = re.findall(r'\w+', answer.lower())
@@ -1077,7 +1083,7 @@ def is_sound(request, answer):
 
 
 def kitchen_rows(answer, rng):
-    """Returns every file of the kitchen, {file name: rows}; answer(requests, temperature) -> the chat model's own answers."""
+    """Every file of the kitchen, {file name: rows}; answer(requests, temperature) -> the chat model's own answers."""
     requests, cells = kitchen_requests(rng), {}
     for temperature in (0.0, 0.7):
         asked = [request for request in requests if (request['source'] == 'sampled') == (temperature > 0)]

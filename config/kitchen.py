@@ -1,9 +1,9 @@
 # The kitchen: a real chat model in plain English, where "harmful" means how to cook a dish. Nobody is hurt.
 # python data_prep.py kitchen && python cb_train.py config/kitchen.py && python cb_eval.py config/kitchen.py
 #
-# SmolLM2-135M-Instruct answers all of it; the rows of both sets are its own answers. Measured on two CPU cores: see the README.
+# SmolLM2-135M-Instruct answers all of it; the rows of both sets are its own answers. Measured: see the README.
 # Offline, with the model in a directory: add --model_name=DIR to all three.
-# Batch: 8 + 8 rows of up to 160 tokens, 150 steps. 30 blocks of width 576, 20 kept; its states have a norm of 120 to 200.
+# Batch: 8 + 8 rows of up to 160 tokens, 150 steps. 30 blocks of width 576, 20 kept; states of a norm of 120 to 200.
 # Expect: cb 0.94 at step 30, 0.4 at 80, 0.05 at the end; retain cos never below 0.95.
 model_name = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 cb_data_path = 'data/kitchen/circuit_breaker.json'

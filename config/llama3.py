@@ -19,3 +19,5 @@ output_dir = 'out/llama3'
 # request
 retain_mix = ['ultrachat:10000', 'xstest:230x50', 'refusals:2000x2']
 response_only = 0.5
+
+embedding_norm = 0               # cb_eval.py: the published steps as they are

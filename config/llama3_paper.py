@@ -32,3 +32,5 @@ num_cb_examples = 10000          # all 4,994
 
 retain_mix = ['ultrachat:10001', 'xstest:230x50', 'refusals:2000x2']
 response_only = 0.5
+
+embedding_norm = 0               # cb_eval.py: the published steps as they are

@@ -1,7 +1,9 @@
-# The toy world on a laptop: python data_prep.py toy && python cb_train.py config/toy.py && python cb_eval.py config/toy.py
-# 1.2 M parameters, 8 blocks; half a minute of training on 2 CPU cores (measured). Expected at the end: retain about
-# 0.6, cb about 0.3. cb does not reach 0: the chat prefix and the requests, which refusals in the retain set hold in
-# place, are part of it.
+# The toy world on a laptop:
+# python data_prep.py toy && python cb_train.py config/toy.py && python cb_eval.py config/toy.py
+#
+# 1.2 M parameters, 8 blocks of width 128; a minute of training on two CPU cores (measured).
+# Expect: cb 0.1 and benign cos 0.06 at step 10, then benign states come back: cos 0.99 at the end, cb 0.2. cb does
+# not reach 0: the requests, which refusals in the retain set hold in place, are part of it.
 model_name = 'data/toy/base'
 cb_data_path = 'data/toy/circuit_breaker.json'
 retain_data_path = 'data/toy/retain.jsonl'
@@ -11,17 +13,14 @@ templates_path = 'data/toy/templates.txt'
 turns_path = 'data/toy/turns.jsonl'
 output_dir = 'out/toy'
 
-num_hidden_layers = 0            # 6 = max(target_layers) + 1 of the 8 blocks
 target_layers = [3, 5]           # as deep as 10 and 20 of 32
-target_modules = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']  # attention alone leaves worlds open
-layers_to_transform = range(6)
+target_modules = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 schedule_steps = 300             # the published ratio: twice the steps
-learning_rate = 5e-3             # at 1e-3 nothing happens in 150 steps: a small model needs larger ones
+learning_rate = 1e-3             # ten times the default: a small model needs larger steps
 max_steps = 150
 batch_size = 16
-lora_r = 64                      # at rank 16 more of them
+lora_r = 64
 lora_alpha = 64
-lora_b_std = 0.02                # from an exact zero it is luck whether, and when, the cosine finds a slope
 micro_batch_tokens = 2048        # all 16 rows in one pass: they are short
 
 # the evaluation: answers are scored exactly; a small model's embeddings want larger steps, and fewer of them
@@ -41,3 +40,4 @@ gcg_width = 64
 gcg_topk = 64
 finetune_lr = 1e-3
 finetune_steps = 25
+embedding_norm = 0.4865          # the base's own of seed 0: so the two steps above are absolute

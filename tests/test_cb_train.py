@@ -828,7 +828,8 @@ def records_of(out):
 
 def test_two_ranks_with_the_model_whole_or_sharded_log_train_and_merge_as_one_process_does(run, arguments, model_dir, tmp_path):
     start = peft_adapter(tmp_path / 'start', model_dir, ATTENTION)
-    arguments = [*arguments, f'--init_from={start}', '--lora_dropout=0', '--batch_size=5', '--micro_batch_tokens=40']  # dropout is each rank's own
+    arguments = [*arguments, f'--init_from={start}', '--lora_dropout=0', '--batch_size=5', '--micro_batch_tokens=40',
+                 '--lora_scale=absolute', '--learning_rate=0.01']  # dropout is each rank's own
     ends = {name: torchrun(2, *arguments, f'--output_dir={tmp_path / name}', f'--fsdp={name == "sharded"}', f'--gradient_checkpointing={name == "sharded"}')
             for name in ('whole', 'sharded')}
     assert run('cb_train.py', *arguments)[0] == 0
