@@ -144,7 +144,7 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return y
         x = F.dropout(x, self.dropout, self.training)
-        return y + x @ self.lora_A.T.to(x.dtype) @ self.lora_B.T.to(x.dtype) * self.scale
+        return y + x @ self.lora_A.T.to(x.dtype) @ (self.lora_B.T * self.scale).to(x.dtype)
 
     @torch.no_grad()
     def delta(self, rows=slice(None)):
@@ -291,7 +291,8 @@ def reference_and_adapted(model, loras, ids):
 
 def cosine(h, h_lora):
     """Returns cos(h', h) of each token, (B, T) float32, of states (B, T, D); in bfloat16 it would be off by 0.008."""
-    return F.cosine_similarity(h_lora.float(), h.float(), dim=-1)
+    h, h_lora = h.float(), h_lora.float()
+    return (h * h_lora).sum(-1) / (h.norm(dim=-1) * h_lora.norm(dim=-1)).clamp(min=1e-8)
 
 
 # A loss takes h, h', the mask and the layers to look at, and returns the sum over tokens of the mean over layers.
