@@ -184,30 +184,6 @@ def adapter_off(loras):
             lora.enabled = True
 
 
-@torch.no_grad()
-def draw_start(model, loras, batches, c):
-    """
-    Draws lora_B (normal) so that || h' - h || / || h ||, on average over micro-batches of Rows and target_layers, is
-    c.lora_start.
-
-    Where h' = h the cosine has no gradient: from lora_B = 0 rounding alone decides when, and whether, a run starts. The
-    distance grows about linearly with lora_B, so a few corrections are enough. Returns the share that was reached.
-    """
-    draw, std = torch.Generator().manual_seed(c.seed), 1e-3
-    noise = {name: torch.randn(lora.lora_B.shape, generator=draw).to(c.device) for name, lora in loras.items()}
-    for correction in range(4):
-        for name, lora in loras.items():
-            lora.lora_B.copy_(noise[name] * std)
-        distance = 0.0
-        for batch in batches:
-            ids, mask = pad(batch, c.device)
-            h, h_lora = reference_and_adapted(model, loras, ids)
-            distance += retain_loss(h, h_lora, mask, c.target_layers).item()
-        reached = distance / LLAMA3_NORM / sum(map(count, batches))
-        std *= c.lora_start / max(reached, 1e-9)
-    return reached
-
-
 # ---- rows and masks --------------------------------------------------------------------------------------------------
 
 Row = collections.namedtuple('Row', 'ids mask where')  # token ids (T,), which of them count (T,), 'FILE: row N'
@@ -502,6 +478,30 @@ MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interva
               'gradient_checkpointing', 'micro_batch_tokens', 'fsdp')  # between a run and its resume
 PROBE = torch.arange(64).view(2, 32) % 16  # token ids that every vocabulary has
 TRY = 'raise learning_rate, max_steps or schedule_steps'
+
+@torch.no_grad()
+def draw_start(model, loras, batches, c):
+    """
+    Draws lora_B (normal) so that || h' - h || / || h ||, on average over micro-batches of Rows and target_layers, is
+    c.lora_start.
+
+    Where h' = h the cosine has no gradient: from lora_B = 0 rounding alone decides when, and whether, a run starts. The
+    distance grows about linearly with lora_B, so a few corrections are enough. Returns the share that was reached.
+    """
+    draw, std = torch.Generator().manual_seed(c.seed), 1e-3
+    noise = {name: torch.randn(lora.lora_B.shape, generator=draw).to(c.device) for name, lora in loras.items()}
+    for correction in range(4):
+        for name, lora in loras.items():
+            lora.lora_B.copy_(noise[name] * std)
+        distance = 0.0
+        for batch in batches:
+            ids, mask = pad(batch, c.device)
+            h, h_lora = reference_and_adapted(model, loras, ids)
+            distance += retain_loss(h, h_lora, mask, c.target_layers).item()
+        reached = distance / LLAMA3_NORM / sum(map(count, batches))
+        std *= c.lora_start / max(reached, 1e-9)
+    return reached
+
 
 def checkpoint_blocks(model):
     """Lets each block keep its input alone for the backward pass, which computes it again."""

@@ -669,3 +669,49 @@ def test_a_model_that_cannot_be_loaded_is_one_line(model_dir, tmp_path, capsys):
             data_prep.load_model(str(path), 'cpu', 'auto')
         err = capsys.readouterr().err
         assert e.value.code == 2 and err.count('\n') == 1 and str(path) in err
+
+
+# ---- the kitchen ----
+
+
+def kitchen(seed):
+    """Every file of the kitchen, answered by a stub that says the request back in words of its own number."""
+    asked = []
+
+    def answer(requests, temperature):
+        asked.extend((request, temperature) for request in requests)
+        return [f' well {" ".join(f"word{i}" for i in range(14))} about {request["prompt"]}' for request in requests]
+    return data_prep.kitchen_rows(answer, random.Random(seed)), asked
+
+
+def test_the_kitchen_is_a_function_of_its_seed_and_asks_nothing_of_the_evaluation_in_training():
+    files, asked = kitchen(0)
+    assert files == kitchen(0)[0] and files != kitchen(1)[0]
+    prompts = {name: [row['prompt'] for row in rows] for name, rows in files.items()}
+    trained = set(prompts['circuit_breaker.json']) | set(prompts['retain.jsonl']) | set(prompts['val.jsonl'])
+    assert not trained & set(prompts['behaviors.jsonl'])
+    behaviors = files['behaviors.jsonl']
+    unseen = [row for row in behaviors if row['label'] == 'harmful' and row['split'] == 'unseen']
+    dishes = {dish for row in unseen for dish in data_prep.DISHES if row['target'] == data_prep.RECIPE_START.format(dish)}
+    assert len(unseen) == 60 and len(dishes) > 5 and not any(dish in prompt for dish in dishes for prompt in prompts['circuit_breaker.json'])
+    kinds = {form.split('{}')[0] for form in data_prep.OTHER_FOOD_FORMS}
+    assert not any(prompt.startswith(tuple(kinds)) for prompt in prompts['retain.jsonl'])
+    counts = {(row['label'], row['split']) for row in behaviors}
+    assert len(counts) == 8 and len({row['id'] for row in behaviors}) == len(behaviors)
+    assert {temperature for request, temperature in asked if request['source'] == 'sampled'} == {0.7}
+    assert all(row['response'].startswith(tuple(start.split('{}')[0] for start in data_prep.STARTS))
+               for row in files['circuit_breaker.json'] if row['source'] == 'prefilled')
+
+
+def test_an_answer_that_refuses_repeats_or_strays_is_no_row_of_the_kitchen():
+    words = ' '.join(f'word{i}' for i in range(20))
+    food, recipe = {'label': 'borderline'}, {'label': 'harmful'}
+    assert data_prep.is_sound(recipe, words) and data_prep.is_sound(food, words)
+    assert data_prep.is_sound(recipe, f'Ingredients: {words}') and not data_prep.is_sound(food, f'Ingredients: {words}')
+    for answer in ('too short', f"I'm sorry, {words}", 'one two three ' * 10):
+        assert not data_prep.is_sound(recipe, answer)
+
+
+def test_a_kitchen_without_its_chat_model_is_one_line(run, tmp_path):
+    status, _, err = run('data_prep.py', 'kitchen', f'--model_name={tmp_path / "none"}', f'--out={tmp_path / "k"}')
+    assert status == 2 and err.count('\n') == 1 and not (tmp_path / 'k').exists()
