@@ -797,11 +797,11 @@ def judge_wildguard(model, tokenizer, rows, answers, batch_size, max_new_tokens=
     return [wildguard_verdict(row, answer, output) for row, answer, output in zip(rows, answers, outputs)]
 
 
-def judged(name, rows, answers, judge_model, base, device, dtype, batch_size):
+def judged(name, rows, answers, judge_model, device, dtype, batch_size, base=''):
     """
-    One verdict for each row's answer, by the judge of that name; its model (judge_model, '' = as JUDGES says) is
-    loaded here, so call this once. harmbench knows harmful behaviours alone: judge_refusal judges the other rows. Ends
-    with one line if the model cannot be loaded or is no such classifier.
+    One verdict for each row's answer, by the judge of that name; its model (judge_model, '' = as JUDGES says; for the
+    judge "base" base, a path) is loaded here, so call this once. harmbench knows harmful behaviours alone: judge_refusal
+    judges the other rows. Ends with one line if the model cannot be loaded or is no such classifier.
     """
     if name == 'base':
         model, tokenizer = load_model(base, device, dtype)
@@ -1162,7 +1162,7 @@ if __name__ == '__main__':
     generations = [g for name in models for attack in attacks for g in done[name, attack]]
     by_where = {row['where']: row for row in rows}
     answered = [(by_where[g['where']], text) for g in generations for text in g['answers']]
-    verdicts = iter(judged(judge, *zip(*answered), judge_model, model_name, device, dtype, eval_batch_size))
+    verdicts = iter(judged(judge, *zip(*answered), judge_model, device, dtype, eval_batch_size, model_name))
     for g in generations:
         g['verdicts'] = [next(verdicts) for _ in g['answers']]
     results = counted(generations)

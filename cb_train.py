@@ -479,6 +479,9 @@ MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interva
 PROBE = torch.arange(64).view(2, 32) % 16  # token ids that every vocabulary has
 TRY = 'raise learning_rate, max_steps or schedule_steps'
 
+# ---- the start, and recomputing --------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def draw_start(model, loras, batches, c):
     """

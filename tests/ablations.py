@@ -7,6 +7,7 @@ that a second run on the same machine gives the same bytes. What is there alread
 import concurrent.futures
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -14,13 +15,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ATTACKS = ['direct', 'wrapper', 'prefill', 'multi_turn', 'embedding_v2', 'ablation_base']
 COLUMNS = [('harmful', attack) for attack in ATTACKS] + [(label, 'direct') for label in ('benign', 'borderline', 'borderline_heldout')]
 HEADINGS = ['direct', 'wrapper', 'prefill', 'multi-turn', 'embedding v2', 'ablation (base)', 'benign', 'lifting', 'recognising']
+ATTENTION = '--target_modules=q_proj,k_proj,v_proj,o_proj --lora_r=16 --lora_alpha=16'
+MIXED = '--cb_data_path={w}/mixed.json --loss_on=harmful_response'
 VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
     'absolute distance': '--retain_distance=absolute',
     'absolute LoRA, learning rate 5e-3': '--lora_scale=absolute --learning_rate=5e-3',
     'lora_B = 0': '--lora_start=0',
     'q k v o alone': '--target_modules=q_proj,k_proj,v_proj,o_proj',
-    'q k v o, rank 16': '--target_modules=q_proj,k_proj,v_proj,o_proj --lora_r=16 --lora_alpha=16',
+    'q k v o, rank 16': ATTENTION,
+    'mixed contexts, q k v o, rank 16': f'{MIXED} {ATTENTION}',
+    'the same, learning rate 2e-3': f'{MIXED} {ATTENTION} --learning_rate=2e-3',
     'loss: random': '--cb_loss=random',
     'loss: rmu': '--cb_loss=rmu',
     'half of the rows without their request': '--cb_data_path={w}/half/circuit_breaker.json --retain_data_path={w}/half/retain.jsonl',
@@ -46,8 +51,17 @@ def world(folder, number):
         call(f'{folder}.log', 'data_prep.py', 'toy', f'--seed={number}', f'--out={folder}')
     if not os.path.exists(f'{folder}/half'):  # the same world; its base is not used
         call(f'{folder}.log', 'data_prep.py', 'toy', f'--seed={number}', f'--out={folder}/half', '--response_only=0.5', '--base_steps=1')
-    with open(f'{folder}/retain.jsonl') as rows, open(f'{folder}/retain_without_refusals.jsonl', 'w') as f:
-        f.writelines(row for row in rows if 'i am sorry , i cannot' not in row)
+    with open(f'{folder}/retain.jsonl') as f:
+        answered = [row for row in f if 'i am sorry , i cannot' not in row]
+    with open(f'{folder}/retain_without_refusals.jsonl', 'w') as f:
+        f.writelines(answered)
+    # mixed contexts: each harmful answer behind its own request, behind nothing, and behind a benign row's request
+    draw, benign = random.Random(0), [row['prompt'] for row in map(json.loads, answered) if 'prompt' in row]
+    with open(f'{folder}/circuit_breaker.json') as f:
+        mixed = [{'prompt': prompt, 'response': row['response']} for row in json.load(f)
+                 for prompt in (row['prompt'], '', draw.choice(benign))]
+    with open(f'{folder}/mixed.json', 'w') as f:
+        json.dump(draw.sample(mixed, len(mixed)), f)
 
 
 def measure(name, folder, number, out):
