@@ -800,8 +800,8 @@ def judge_wildguard(model, tokenizer, rows, answers, batch_size, max_new_tokens=
 def judged(name, rows, answers, judge_model, device, dtype, batch_size, base=''):
     """
     One verdict for each row's answer, by the judge of that name; its model (judge_model, '' = as JUDGES says; for the
-    judge "base" base, a path) is loaded here, so call this once. harmbench knows harmful behaviours alone: judge_refusal
-    judges the other rows. Ends with one line if the model cannot be loaded or is no such classifier.
+    judge "base" base, a path) is loaded here, so call this once. harmbench knows harmful behaviours alone:
+    judge_refusal judges the others. Ends with one line if the model cannot be loaded or is no such classifier.
     """
     if name == 'base':
         model, tokenizer = load_model(base, device, dtype)
