@@ -5,7 +5,7 @@ weights at the end.
 
     h = hidden states of the frozen model, h' = of the same model with LoRA, p = step / schedule_steps
 
-    retain = mean over retain tokens, and over the states after each kept block, of || h' - h || / || h || * 8.7
+    retain = mean over retain tokens, and over the states after each kept block, of LLAMA3_NORM || h' - h || / || h ||
     cb     = mean over harmful tokens, and over target_layers, of relu(cos(h', h))
     loss   = lorra_alpha * p * retain + lorra_alpha * (1 - p) * cb
 
@@ -195,9 +195,9 @@ def token_mask(ids, stream, loss_on, head, answer):
     Returns which tokens of a row the loss of its stream ('retain' or 'harmful') counts, (T,) of 0 and 1. CHANGE A MASK
     HERE.
 
-    head: how many tokens the chat template writes before a row's first word (BOS, a system prompt). Both sets share
-    them, so that both losses would pull at the same states: the cb loss leaves them out. answer: the first token of the
-    last answer.
+    head: the index of a row's first word, behind what the chat template writes (BOS, a system prompt). Both sets share
+    that, so that both losses would pull at the same states: the cb loss leaves it out. answer: the index of the last
+    answer's first token.
     """
     if loss_on == 'response' or (loss_on == 'harmful_response' and stream == 'harmful'):
         first = answer
@@ -378,7 +378,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
     buffer = torch.zeros(sum(sizes) + len(names), device=c.device)
     *gradients, totals = buffer.split([*sizes, len(names)])
     for p, gradient in zip(parameters, gradients):
-        p.grad = gradient.view_as(p)
+        p.grad = gradient.view_as(p)  # a view of the buffer: backward() adds into it
     record, start, signals = state['record'], time.time() - state['seconds'], catch_signals()
     rows_a_step = c.batch_size * c.gradient_accumulation_steps
     steps = range(state['step'], c.max_steps)
@@ -421,7 +421,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
             print(json.dumps(record), file=log, flush=True)
 
         # the checkpoint; the end, if a signal came to any rank: all stop after the same step
-        here = signals if c.world == 1 or last else []
+        here = signals if c.world == 1 or last else []  # nobody else waits; else only what all ranks saw counts
         stopped = next((name for name in ('SIGINT', 'SIGTERM') if total[name] or name in here), None)
         if last or stopped or (step + 1) % c.save_interval == 0:
             log_bytes = os.fstat(log.fileno()).st_size
@@ -576,7 +576,7 @@ def verdict(record, streams):
     rows = {stream.name: len(stream.held_out) for stream in streams}
     found = f'cos {harmful:.2f} on {rows["harmful"]} held-out harmful rows, {benign:.2f} on {rows["retain"]} benign'
     if harmful >= 0.7:
-        return f'warning: NOT rerouted: {found}; the model is as it was: {TRY}'
+        return f'warning: NOT rerouted: {found}; the harmful states are nearly where they were: {TRY}'
     if benign <= 0.9:
         return f'warning: rerouted, but benign states moved too: {found}; lower learning_rate, or raise max_steps'
     return f'rerouted: {found}; whether its harmful answers are gone, python cb_eval.py measures'
@@ -784,8 +784,8 @@ def check_options(c):
 
 def load_sets(c, tokenizer):
     """
-    Returns the Rows of the run and those held out, {'retain', 'harmful': [Row]} each. Without val_data_path a tenth of
-    each set, at most 60 rows, is held out. One line and the end if a row or a set cannot be read.
+    Returns the Rows of the run and those held out, {'retain', 'harmful': [Row]} each. A tenth of a set, at most 60
+    rows, is held out where val_data_path has none of its rows. One line and the end if a row or a set cannot be read.
     """
     benign = functools.partial(messages_of, answers=BENIGN_ANSWERS)
     harmful = functools.partial(messages_of, answers=HARMFUL_ANSWERS)
@@ -795,9 +795,9 @@ def load_sets(c, tokenizer):
     val_rows = load_rows(c.val_data_path, labelled, option='val_data_path') if c.val_data_path else []
     rows, held_out = {}, {}
     for name, conversations in sets.items():
-        label = 'harmful' if name == 'harmful' else 'benign'
+        label = {'retain': 'benign', 'harmful': 'harmful'}.get(name)  # of its rows in val_data_path
         held = [(where, messages) for where, (its_label, messages) in val_rows if its_label == label]
-        if not c.val_data_path:
+        if not c.val_data_path or not label:
             held = random.Random(f'{c.seed} val').sample(conversations, min(60, math.ceil(len(conversations) / 10)))
             texts = [messages for _, messages in held]
             conversations = [row for row in conversations if row[1] not in texts] or conversations
