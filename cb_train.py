@@ -668,13 +668,13 @@ def base_files(model_dir):
 
 # ---- the adapter in PEFT's format ------------------------------------------------------------------------------------
 
-def save_adapter(folder, loras, c):
-    """Writes the LoRA in PEFT's format: adapter_model.safetensors and adapter_config.json; c: the options."""
+def save_adapter(folder, loras, base, c):
+    """Writes the LoRA in PEFT's format; base: what the whole model calls its decoder ('model'), c: the options."""
     os.makedirs(folder, exist_ok=True)
     tensors = {}
     for name, lora in loras.items():
-        tensors[f'base_model.model.model.{name}.lora_A.weight'] = lora.lora_A.detach().cpu()
-        tensors[f'base_model.model.model.{name}.lora_B.weight'] = lora.lora_B.detach().cpu() * lora.unit
+        tensors[f'base_model.model.{base}.{name}.lora_A.weight'] = lora.lora_A.detach().cpu()
+        tensors[f'base_model.model.{base}.{name}.lora_B.weight'] = lora.lora_B.detach().cpu() * lora.unit
     save_file(tensors, os.path.join(folder, 'adapter_model.safetensors'), metadata={'format': 'pt'})
     write_json(os.path.join(folder, 'adapter_config.json'), {
         'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': c.model_name, 'r': c.lora_r,
@@ -960,7 +960,7 @@ if __name__ == '__main__':
         sys.exit()
 
     # save all of it, under its own name when it is complete
-    save_adapter(os.path.join(partial, 'adapter'), loras, c)
+    save_adapter(os.path.join(partial, 'adapter'), loras, model.base_model_prefix, c)
     packages = ('torch', 'transformers', 'safetensors', 'datasets')
     versions = {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
     write_json(os.path.join(partial, 'cb_config.json'), {

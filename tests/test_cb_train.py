@@ -467,6 +467,8 @@ FAMILIES = {  # name: (config, dtype, target modules)
                                                               max_window_layers=4, shared_expert_intermediate_size=24, **MOE),
                           torch.float32, ATTENTION),
     'stablelm': (lambda: transformers.StableLmConfig(**SHAPE), torch.float32, ATTENTION),
+    'gpt-neox': (lambda: transformers.GPTNeoXConfig(**SHAPE), torch.float32, ['query_key_value', 'dense']),
+    'phi': (lambda: transformers.PhiConfig(**SHAPE), torch.float32, ['q_proj', 'k_proj', 'v_proj', 'dense']),
     'llama seven modules': (lambda: LlamaConfig(**SHAPE), torch.float32, ATTENTION + ['gate_proj', 'up_proj', 'down_proj'])}
 
 
