@@ -66,7 +66,7 @@ from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, choose_device, decoder_c
 # model
 model_name = 'meta-llama/Meta-Llama-3-8B-Instruct'  # a model directory or a hub id
 num_hidden_layers = 0            # >= 0: blocks kept for training, the rest is never loaded [0 = max(target_layers) + 1]
-device = 'auto'                  # auto | cpu | cuda | cuda:N | mps
+device = 'auto'                  # auto | cpu | cuda | cuda:N | mps: where it runs
 dtype = 'auto'                   # auto | float32 | bfloat16 | float16: of the frozen weights; auto = as stored
 fsdp = False                     # divide the frozen blocks among torchrun's ranks (FSDP2), for a model that fits no GPU
 gradient_checkpointing = False   # recompute each block in the backward pass: less memory, a third more work

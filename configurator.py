@@ -4,14 +4,13 @@ Options: Python config files and --key=value, after nanoGPT; and how every scrip
     python cb_train.py config/llama3.py --max_steps=150 --target_layers 5,6 --overwrite=True
 
 A script keeps its options, one `name = value  # comment` a line, between two lines `# -----`. The default's type
-decides what is accepted. A comment may begin with a constraint and a colon; of a list every element must satisfy it:
+decides what is accepted. A comment may begin with a constraint, for every element of a list, and a colon:
 
-    max_steps = 150     # >= 1: optimizer steps
     dropout = 0.05      # >= 0, < 1: on the adapter's input
     device = 'auto'     # auto | cpu | cuda | cuda:N | mps: N stands for digits
 
-Config files are Python (they are executed: run only those you trust). Later files win, the command line wins over all.
-A file may set options of any script beside this one, the command line only those of the script that is run.
+Config files are Python, and are executed: run only those you trust. Later files win, the command line wins over all.
+A file may set options of any script beside this one.
 """
 import ast
 import collections
@@ -40,14 +39,11 @@ Option = collections.namedtuple('Option', 'name default comment')  # a heading h
 
 
 def last_word(text):
-    """
-    Prints what a program says as it ends, on stderr. Of torchrun's ranks on a machine only the first that ends prints:
-    the others made the same mistake, or end because the first one did.
-    """
+    """Prints a program's last words on stderr; of torchrun's ranks on a machine only the first that ends prints."""
     run_folder = os.path.dirname(os.path.dirname(os.environ.get('TORCHELASTIC_ERROR_FILE', '')))  # of all ranks
     try:
         if run_folder:
-            os.close(os.open(os.path.join(run_folder, 'last_word'), os.O_CREAT | os.O_EXCL))
+            open(os.path.join(run_folder, 'last_word'), 'x').close()
     except FileExistsError:
         return
     except OSError:  # the ranks cannot agree: twice is better than not at all
@@ -62,16 +58,16 @@ def fail(message):
 
 
 def fault(kind, error, trace):
-    """A sys.excepthook: what the machine does to a run is one line and exit status 1; a traceback is for bugs."""
+    """A sys.excepthook: one line for what the machine does to a run, a traceback for a bug; the exit status is 1."""
     text = str(error.args[0][0][2] if issubclass(kind, shutil.Error) else error)  # copytree gathers one error a file
     if kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError) or "can't allocate memory" in text:
         line = ('out of memory: set gradient_checkpointing=True or lower micro_batch_tokens, and go on with '
                 '--resume=True where there is a checkpoint; or lower max_seq_length; for cb_eval.py, eval_batch_size')
     elif issubclass(kind, OSError) or kind.__name__ == 'SafetensorError':
-        full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        full = full or re.search('No space|File too large|quota', text)
-        line = (f'{"the disk is full" if full else "the disk failed"}: {text}; the output that was there before is '
-                'whole, and a training run goes on from its last checkpoint with --resume=True')
+        codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+        full = getattr(error, 'errno', None) in codes or re.search('No space|File too large|quota', text)
+        line = (f'the disk {"is full" if full else "failed"}: {text}; the output that was there before is whole, and a '
+                'training run goes on from its last checkpoint with --resume=True')
     elif issubclass(kind, KeyboardInterrupt):
         line = 'interrupted: the output that was there before is whole'
     elif kind.__name__.startswith('Dist') or 'gloo' in text:  # torch's DistBackendError, ..., or a RuntimeError of gloo
@@ -85,17 +81,16 @@ def fault(kind, error, trace):
 
 def check_output(option, folder, marks, overwrite, resume=False):
     """
-    Ends with one line if folder, folder.partial or folder.old holds what may not be replaced, or folder cannot be made.
-    marks: names of files of which every folder that this project writes holds one; no other folder is ever replaced.
+    Ends with one line if folder, folder.partial or folder.old may not be replaced, or folder cannot be made. A folder
+    that is not empty is replaced only if it holds a file named in `marks`, as every one that this project writes does.
     """
     may_replace = {folder: overwrite, folder + '.partial': overwrite or resume, folder + '.old': True}
     for path, allowed in may_replace.items():
-        ours = any(os.path.exists(os.path.join(path, name)) for name in marks)
-        empty = os.path.isdir(path) and not os.listdir(path)
-        if os.path.lexists(path) and not empty and not (ours and allowed):
+        names = os.listdir(path) if os.path.isdir(path) else ['']
+        ours = not set(marks).isdisjoint(names)
+        if os.path.lexists(path) and names and not (ours and allowed):
             ways = ', or add --overwrite=True to replace it' if ours else ' or move it, no run wrote it'
-            if os.path.exists(os.path.join(path, 'checkpoint.safetensors')):
-                ways += ', or --resume=True to go on'
+            ways += ', or --resume=True to go on' if 'checkpoint.safetensors' in names else ''
             fail(f'{option}: {path} is there already; choose another{ways}')
     parent = os.path.dirname(os.path.abspath(folder))
     while not os.path.lexists(parent):
@@ -105,7 +100,7 @@ def check_output(option, folder, marks, overwrite, resume=False):
 
 
 def publish(partial, folder):
-    """Renames a complete folder to its own name. The folder that had this name goes last, by way of folder.old."""
+    """Renames partial, which is complete, to folder. What was there goes last, by way of folder.old."""
     shutil.rmtree(folder + '.old', ignore_errors=True)
     if os.path.exists(folder):
         os.rename(folder, folder + '.old')
@@ -114,7 +109,7 @@ def publish(partial, folder):
 
 
 def catch_signals():
-    """A list that receives 'SIGINT' and 'SIGTERM' as they arrive, from now on, so that a step can be finished."""
+    """A list to which SIGINT and SIGTERM add their names from now on, so that a step can be finished."""
     names = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: names.append(signal.Signals(number).name))
@@ -124,8 +119,8 @@ def catch_signals():
 def stop_at_signals():
     """From now on SIGINT and SIGTERM end the program with one line and exit status 128 + their number."""
     def stop(number, frame):
-        last_word(f'{signal.Signals(number).name}: stopped; a checkpoint, if there is one, is whole: go on with the '
-                  'same command and --resume=True')
+        last_word(f'{signal.Signals(number).name}: stopped; a checkpoint, if there is one, is whole: '
+                  'go on with the same command and --resume=True')
         sys.exit(128 + number)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -148,7 +143,7 @@ def write_json(path, value):
 
 
 def options(script):
-    """A list of Option, the fenced block of a script line by line; [] if it has none."""
+    """[Option], the fenced block of a script line by line; [] if it has none."""
     fenced = FENCE.search(open(script, encoding='utf-8').read())
     rows = []
     for line in fenced[1].splitlines() if fenced else []:
@@ -162,35 +157,35 @@ def options(script):
 
 
 def element_of(default):
-    """What decides the type of a list's elements: the first of its default; an empty one holds whole numbers."""
+    """The default of a list's elements, for their type: the list's first, or 0 if it is empty."""
     return default[0] if default else 0
 
 
 def kind(default):
-    """The type of an option in words, for messages."""
+    """The type of an option in words."""
     if isinstance(default, list):
         return f'a list of {type(element_of(default)).__name__}, as 5,6 or [5,6]'
     return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}[type(default)]
 
 
 def checked(value, default):
-    """A Python value as the type of default (int for a float, 1e3 for an int, 0 / 1 for a bool), or ValueError."""
+    """A Python value as the type of default (1 for a float, 1e3 for an int, 0 for a bool), or ValueError."""
     if isinstance(default, list) and isinstance(value, (list, tuple, range)):
         return [checked(v, element_of(default)) for v in value]
     if isinstance(default, str) and isinstance(value, str):
         return value
     if isinstance(default, bool) and value in (0, 1):
         return bool(value)
-    if isinstance(default, (int, float)) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if isinstance(default, float) and math.isfinite(value):
-            return float(value)
-        if type(default) is int and math.isfinite(value) and value == int(value):
-            return int(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and isinstance(default, float):
+        return float(value)
+    if is_number and type(default) is int and value == int(value):
+        return int(value)
     raise ValueError
 
 
 def parsed(text, default):
-    """The text behind --key= as the type of default; ValueError or KeyError if it cannot be read so."""
+    """The text behind --key= as the type of default, or ValueError or KeyError."""
     if isinstance(default, str):
         return text
     if isinstance(default, list):
@@ -202,7 +197,7 @@ def parsed(text, default):
 
 
 def check_constraint(name, value, comment):
-    """Ends with one line if a value, or an element of a list, breaks the constraint at the start of the comment."""
+    """Ends with one line if a value, or an element of it, breaks the constraint that its comment begins with."""
     if match := re.match(rf'{BOUND.pattern}(, {BOUND.pattern})*:( |$)', comment):
         bounds = BOUND.findall(match[0])
         wanted = ' and '.join(f'{BOUNDS[sign][0]} {limit}' for sign, limit in bounds)
@@ -220,21 +215,21 @@ def check_constraint(name, value, comment):
 
 
 def check_name(name, where, names):
-    """Ends with one line, with the nearest of names if one is near, unless name is one of them."""
+    """Ends with one line, which suggests the nearest of names, unless name is one of them."""
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         fail(f'{where}: there is no option {name!r}; {f"did you mean {close[0]}?" if close else "see --help"}')
 
 
 def file_options(path, defaults, known):
-    """{name: value}, what a config file sets of `defaults`; it may also set what is in `known`, for other scripts."""
+    """{name: value} that a config file sets of `defaults`; what else is `known` it may set for other scripts."""
     if not path.endswith('.py'):
         fail(f'command line: {path!r} is neither --option=value nor a config file (*.py)')
     if not os.path.isfile(path):
         fail(f'command line: there is no config file {path}')
     try:
         values = runpy.run_path(path)
-    except Exception as e:  # the file is a program: whatever stops it, the user hears of it in one line
+    except Exception as e:  # the file is a program
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         line = getattr(e, 'lineno', None) or (lines or ['?'])[-1]
         fail(f'{path}: line {line}: {type(e).__name__}: {getattr(e, "msg", e)}')
@@ -253,8 +248,8 @@ def file_options(path, defaults, known):
 
 def configure(script, argv):
     """
-    {name: value}, the options of `script` (its path) in its order: its defaults, then the config files in argv, then
-    the --key=value of argv. Any mistake: one line and exit status 2. --help: prints and exits 0.
+    {name: value}, the options of a script (its path) in its order: defaults, then the config files in argv, then its
+    --key=value. A mistake is one line and exit status 2; --help prints the options and exits with 0.
     """
     rows = options(script)
     defaults = {option.name: option.default for option in rows if option.name}
@@ -262,7 +257,7 @@ def configure(script, argv):
     for path in glob.glob(os.path.join(os.path.dirname(os.path.abspath(script)), '*.py')):
         try:
             known |= {option.name for option in options(path) if option.name}
-        except (ValueError, SyntaxError, OSError):  # somebody's own script, with a default that is no literal
+        except (ValueError, SyntaxError, OSError):  # somebody's own script
             pass
 
     from_files, from_line, arguments, wants_help = {}, {}, list(argv), False

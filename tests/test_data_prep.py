@@ -135,6 +135,8 @@ def test_an_array_and_lines_are_read_alike_with_a_byte_order_mark_and_windows_li
     (_, a), = data_prep.numbered_rows(str(tmp_path / 'a.json'))
     (_, b), = data_prep.numbered_rows(str(tmp_path / 'b.jsonl'))
     assert a == b == data_prep.turns(('p', 'r'))
+    (tmp_path / 'c.jsonl').write_bytes(b'{"prompt": "p", "response": "r"}\r{"prompt": "p", "response": "r"}\r')
+    assert [where[-5:] for where, _ in data_prep.numbered_rows(str(tmp_path / 'c.jsonl'))] == ['row 1', 'row 2']
 
 
 # ---- the shapes that people have ----
