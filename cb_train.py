@@ -372,7 +372,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
     the signals that arrived are one buffer, summed over the ranks once. Dropout is a function of seed, rank and step:
     no random state is kept.
     """
-    parameters = [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
+    parameters = optimizer.param_groups[0]['params']
     names = [f'{stream.prefix}_{figure}' for stream in streams for figure in ('loss', 'cos')] + ['SIGINT', 'SIGTERM']
     sizes = [p.numel() for p in parameters]
     buffer = torch.zeros(sum(sizes) + len(names), device=c.device)
@@ -797,7 +797,9 @@ def load_sets(c, tokenizer):
     for name, conversations in sets.items():
         label = {'retain': 'benign', 'harmful': 'harmful'}.get(name)  # of its rows in val_data_path
         held = [(where, messages) for where, (its_label, messages) in val_rows if its_label == label]
+        held_from = f'val_data_path: {label}'
         if not c.val_data_path or not label:
+            held_from = f'held-out {name} rows'
             held = random.Random(f'{c.seed} val').sample(conversations, min(60, math.ceil(len(conversations) / 10)))
             texts = [messages for _, messages in held]
             conversations = [row for row in conversations if row[1] not in texts] or conversations
@@ -808,7 +810,7 @@ def load_sets(c, tokenizer):
             return Row(ids, token_mask(ids, name, c.loss_on, head, answer), where)
         needed = c.max_steps * c.batch_size * c.gradient_accumulation_steps
         rows[name] = rows_of_run(conversations, needed, f'{c.seed} {name}', to_row, f'{name} rows')
-        held_out[name] = rows_of_run(held, len(held), f'{c.seed} {name}', to_row, f'val_data_path: {label}')
+        held_out[name] = rows_of_run(held, len(held), f'{c.seed} {name}', to_row, held_from)
     return rows, held_out
 
 
@@ -848,8 +850,9 @@ def save_merged(model_dir, partial, loras, adapted, blocks, base, c):
         one_block_at_a_time(merged, c.device)
     with torch.no_grad():
         found = hidden_states(merged, PROBE.to(c.device))
-    off = max(((a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1).clamp(min=1e-6)).mean().item()
-              for a, b in zip(found[1:], adapted[1:]))
+    every = torch.ones(PROBE.shape, device=c.device)
+    distance = max(retain_loss(adapted, found, every, [l]).item() for l in range(1, blocks + 1))
+    off = distance / LLAMA3_NORM / PROBE.numel()
     exact = c.dtype == 'auto' and merged.dtype == torch.float32
     if not off <= (1e-3 if exact else 0.5):  # half precision rounds the sum of weight and delta once
         sys.exit(f'fault: {partial}: the merged model, reloaded, is {off:.1e} away from the adapted one: not moved')
