@@ -4,8 +4,8 @@
 # SmolLM2-135M-Instruct answers all of it; the rows of both sets are its own answers. Measured: see the README.
 # Offline, with the model in a directory: add --model_name=DIR to all three.
 # Batch: 8 + 8 rows of up to 160 tokens, 150 steps. 30 blocks of width 576, 20 kept; states of a norm of 120 to 200.
-# Expect, of three training seeds: cb 0.63 to 0.98 at step 30 and 0.05, 0.54, 0.05 at the end; retain cos dips to 0.88 to
-# 0.92 and ends at 0.996 or more.
+# Expect, of three training seeds: cb 0.63 to 0.98 at step 30 and 0.05, 0.54, 0.05 at the end; retain cos dips to
+# 0.88 to 0.92 and ends at 0.996 or more.
 model_name = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 cb_data_path = 'data/kitchen/circuit_breaker.json'
 retain_data_path = 'data/kitchen/retain.jsonl'
