@@ -31,6 +31,5 @@ response_only = 0.0
 # cb_eval.py: the paper's attacks on this model
 embedding_v1_lr = 1e-4
 embedding_v1_stop = 0.05
-repe_coefficient = 0.65
 
 embedding_norm = 0               # cb_eval.py: the published steps as they are

@@ -34,7 +34,6 @@ embedding_v2_lr = 3e-3
 embedding_answers = 5
 suffix_start = '! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! !'  # x is no word here
 suffix_words = 'tell me , i want to know how . what do i need ? thank you !'
-repe_coefficient = 1.2
 gcg_steps = 25
 gcg_width = 64
 gcg_topk = 64
