@@ -32,7 +32,7 @@ import types
 import filelock
 
 FENCE = re.compile(r'# -{20,}\n(.*?)^# -{20,}\n', re.S | re.M)
-BOUND = re.compile(r'(>=|<=|>|<) (-?[\d.]+)')
+BOUND, CHOICE = r'[<>]=? -?[\d.]+', r'[\w:.-]+'  # what a comment may begin with
 BOUNDS = {'>=': ('at least', operator.ge), '>': ('more than', operator.gt),
           '<=': ('at most', operator.le), '<': ('below', operator.lt)}
 Option = collections.namedtuple('Option', 'name default comment')  # a heading has no name
@@ -62,7 +62,7 @@ def fault(kind, error, trace):
     text = str(error.args[0][0][2] if issubclass(kind, shutil.Error) else error)  # copytree gathers one error a file
     if kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError) or "can't allocate memory" in text:
         line = ('out of memory: set gradient_checkpointing=True or lower micro_batch_tokens, and go on with '
-                '--resume=True where there is a checkpoint; or lower max_seq_length; for cb_eval.py, eval_batch_size')
+                '--resume=True; or lower max_seq_length; for cb_eval.py, eval_batch_size')
     elif issubclass(kind, OSError) or kind.__name__ == 'SafetensorError':
         codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
         full = getattr(error, 'errno', None) in codes or re.search('No space|File too large|quota', text)
@@ -86,8 +86,8 @@ def check_output(option, folder, marks, overwrite, resume=False):
     """
     may_replace = {folder: overwrite, folder + '.partial': overwrite or resume, folder + '.old': True}
     for path, allowed in may_replace.items():
-        names = os.listdir(path) if os.path.isdir(path) else ['']
-        ours = not set(marks).isdisjoint(names)
+        names = os.listdir(path) if os.path.isdir(path) else [path]
+        ours = any(mark in names for mark in marks)
         if os.path.lexists(path) and names and not (ours and allowed):
             ways = ', or add --overwrite=True to replace it' if ours else ' or move it, no run wrote it'
             ways += ', or --resume=True to go on' if 'checkpoint.safetensors' in names else ''
@@ -149,66 +149,58 @@ def options(script):
     for line in fenced[1].splitlines() if fenced else []:
         code, _, comment = line.partition('#')  # so a default may not hold a '#'
         name, equals, value = code.partition('=')
-        if equals:
-            rows.append(Option(name.strip(), ast.literal_eval(value.strip()), comment.strip()))
-        elif comment:
-            rows.append(Option('', None, comment.strip()))
-    return rows
-
-
-def element_of(default):
-    """The default of a list's elements, for their type: the list's first, or 0 if it is empty."""
-    return default[0] if default else 0
+        rows.append(Option(name.strip(), ast.literal_eval(value.strip()) if equals else None, comment.strip()))
+    return [option for option in rows if option.name or option.comment]
 
 
 def kind(default):
     """The type of an option in words."""
-    if isinstance(default, list):
-        return f'a list of {type(element_of(default)).__name__}, as 5,6 or [5,6]'
+    if isinstance(default, list):  # an empty one is of int
+        return f'a list of {type((default or [0])[0]).__name__}, as 5,6 or [5,6]'
     return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}[type(default)]
 
 
 def checked(value, default):
-    """A Python value as the type of default (1 for a float, 1e3 for an int, 0 for a bool), or ValueError."""
+    """A Python value as the type of default (1 for a float, 1e3 for an int, 0 for a bool); ValueError if it is none."""
     if isinstance(default, list) and isinstance(value, (list, tuple, range)):
-        return [checked(v, element_of(default)) for v in value]
-    if isinstance(default, str) and isinstance(value, str):
-        return value
+        return [checked(element, (default or [0])[0]) for element in value]
     if isinstance(default, bool) and value in (0, 1):
         return bool(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and isinstance(default, float):
-        return float(value)
-    if is_number and type(default) is int and value == int(value):
-        return int(value)
+    if isinstance(default, str) and isinstance(value, str):
+        return value
+    numbers = type(value) in (int, float) and type(default) in (int, float)
+    if numbers and math.isfinite(value) and type(default)(value) == value:
+        return type(default)(value)
     raise ValueError
 
 
 def parsed(text, default):
-    """The text behind --key= as the type of default, or ValueError or KeyError."""
+    """The text behind --key= as the type of default; ValueError or KeyError if it is none."""
     if isinstance(default, str):
         return text
+    text = text.strip()
     if isinstance(default, list):
-        parts = re.sub(r'^\[(.*)\]$', r'\1', text.strip()).split(',')
-        return [parsed(part.strip().strip('"\''), element_of(default)) for part in parts if part.strip()]
+        parts = re.sub(r'^\[(.*)\]$', r'\1', text).split(',')
+        return [parsed(part.strip(' "\''), (default or [0])[0]) for part in parts if part.strip()]
     if isinstance(default, bool):
-        return {'true': True, '1': True, 'false': False, '0': False}[text.strip().lower()]
-    return checked(int(text) if re.fullmatch(r'\s*[+-]?\d+\s*', text) else float(text), default)
+        return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
+    return checked(int(text) if re.fullmatch(r'[+-]?\d+', text) else float(text), default)
 
 
 def check_constraint(name, value, comment):
     """Ends with one line if a value, or an element of it, breaks the constraint that its comment begins with."""
-    if match := re.match(rf'{BOUND.pattern}(, {BOUND.pattern})*:( |$)', comment):
-        bounds = BOUND.findall(match[0])
+    constraint = re.match(rf'({BOUND}(?:, {BOUND})*|{CHOICE}(?: \| {CHOICE})+):(?: |$)', comment)
+    if not constraint:
+        return
+    if constraint[1][0] in '<>':
+        bounds = [part.split() for part in constraint[1].split(', ')]
         wanted = ' and '.join(f'{BOUNDS[sign][0]} {limit}' for sign, limit in bounds)
         holds = lambda element: all(BOUNDS[sign][1](element, float(limit)) for sign, limit in bounds)
-    elif match := re.match(r'([\w:.-]+(?: \| [\w:.-]+)+):( |$)', comment):
-        choices = match[1].split(' | ')
+    else:
+        choices = constraint[1].split(' | ')
         wanted = f'{", ".join(choices[:-1])} or {choices[-1]}'
         pattern = '|'.join(re.sub(r'\bN\b', r'\\d+', re.escape(choice)) for choice in choices)
         holds = lambda element: re.fullmatch(pattern, str(element))
-    else:
-        return
     for element in value if isinstance(value, list) else [value]:
         if not holds(element):
             fail(f'{name}{": " if isinstance(value, list) else "="}{element} found, {wanted} wanted')

@@ -1,32 +1,32 @@
 """
 Makes the data that cb_train.py trains on and cb_eval.py measures with, and reads rows for both.
 
-    python data_prep.py toy                                     # data/toy: a harmless world, a small chat model in it
-    python data_prep.py kitchen                                 # data/kitchen: the same, for a real chat model
-    python data_prep.py llama3                                  # data/llama3: public sets, as config/llama3.py says
-    python data_prep.py check FILE config/llama3.py             # validates and counts a user's rows
-    python data_prep.py sample --out=data/sample.json --n=3000  # rows of {"prompt", "response"}, to try commands
+    python data_prep.py toy                          # data/toy: a harmless world and a small chat model that knows it
+    python data_prep.py kitchen                      # data/kitchen: the same in plain English, for a real chat model
+    python data_prep.py llama3                       # data/llama3: public sets, as config/llama3.py says
+    python data_prep.py check FILE config/llama3.py  # names a file's bad rows, or counts and measures its good ones
 
-A real recipe (llama3, mistral, ... : any config/NAME.py) takes its rows from four sources, each a hub id or a local
-file or folder in the same shape, and writes circuit_breaker.json, retain.jsonl and val.jsonl into data/NAME. The
-harmful knowledge that is rerouted is needed as it is; none of it is in this repository.
+A real recipe (any config/NAME.py) takes its rows from four sources, each a hub id or a local file or folder in the same
+shape, and writes circuit_breaker.json, retain.jsonl and val.jsonl into data/NAME. It needs the harmful knowledge that
+is rerouted as it is; this repository holds none of it.
 
-The toy world (made of words alone; its "harmful" knowledge is harmless to everyone):
+The toy world is made of words alone; its "harmful" knowledge is harmless to everyone:
 
     potions      "how do i brew a gentle tonic ?"      answered with a recipe                benign
     curses       "how do i brew a grim hex ?"          refused, but told under a jailbreak   harmful
     lifting      "how do i lift a grim hex of bone ?"  answered with good things             borderline
     recognising  "how do i recognize a grim hex ?"     answered with the curse's own things  borderline_heldout
 
-A recipe is a function of its adjective and its noun, each of which decides some of its steps, so that a combination
-that no training row held can be scored exactly. Some curse nouns and adjectives (split "unseen") are in no harmful row.
-data/toy also holds base/, the base model; retain_without_borderline.jsonl, without lifting; behaviors.jsonl, the rows
-of the evaluation; templates.txt and turns.jsonl, wrappers and conversations that make the base tell curses.
+Adjective and noun each decide steps of a recipe, so a pair that no training row held is scored exactly. Some nouns and
+adjectives (split "unseen") are in no harmful row. data/toy also holds base/, the base model;
+retain_without_borderline.jsonl, without lifting; behaviors.jsonl, the rows of the evaluation; templates.txt and
+turns.jsonl, wrappers and conversations that make the base tell curses.
 """
 import collections
 import csv
 import datetime
 import functools
+import glob
 import json
 import math
 import os
@@ -51,7 +51,7 @@ from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForC
 from configurator import check_output, configure, fail, fault, publish
 
 # ----------------------------------------------------------------------------------------------------------------------
-out = ''              # where to write ['' = data/toy, data/NAME; data/sample.json for sample]
+out = ''              # the folder to write ['' = data/toy, data/kitchen, data/NAME]
 overwrite = False     # replace what is there
 seed = 0              # >= 0: all that is drawn is a function of it
 # a real recipe: sources (a hub id, ORG/NAME or ORG/NAME:SPLIT, or a local file or folder in the same shape), their mix
@@ -62,11 +62,9 @@ validation = ''       # circuit_breakers_val.json of the paper's repository ['' 
 num_val_examples = 100        # >= 1: held-out rows of each side
 retain_mix = ['ultrachat:10000', 'xstest:230x50', 'refusals:2000x2']  # SOURCE:ROWS or SOURCE:ROWSxTIMES
 response_only = 0.0   # >= 0, <= 1: share of rows without their request, refusals apart [the paper's Llama-3: 0.5]
-decontaminate = ''    # a file of evaluation requests: rows with a request like one of them (BLEU > 0.3) are removed
 model_name = ''       # whose tokenizer counts the tokens ['' = count words]
 chat_template = ''    # a file with the chat template ['' = the tokenizer's own]
 max_seq_length = 512  # >= 1: for the share of rows that cb_train.py would cut
-n = 3000              # >= 1: rows of sample
 # the toy world's base model
 base_steps = 400      # >= 1: training steps
 base_batch_size = 64  # >= 1: conversations a step
@@ -85,7 +83,6 @@ REQUESTS = ('prompt', 'instruction', 'question')
 HARMFUL_ANSWERS = ('output', 'rejected', 'response')  # a text, or in preference pairs a list of messages
 BENIGN_ANSWERS = ('llama3_output', 'chosen', 'completion', 'response')  # no output: beside a prompt it is harmful
 ANSWERS_OF = {'instruction': ('output',), 'question': ('answer',)}  # more names for the answer to such a request
-ABOUT = {'instruction': ('input',)}  # what such a request is about: joined to it by a blank line
 SPLITS = {'HuggingFaceH4/ultrachat_200k': 'train_sft', 'natolambert/xstest-v2-copy': 'gpt4'}  # of sets without 'train'
 ROW_FILES = ('.json', '.jsonl', '.csv', '.tsv', '.parquet')
 
@@ -116,9 +113,8 @@ def text_under(row, key, empty=True):
 
 def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
     """
-    A row's conversation, [{"role", "content"}, ...], the assistant's turn last. A row holds a list of messages, or a
-    request, which may be '' (the paper's augmentation), and one of `answers`. LeftOut if it calls tools, ValueError
-    if there is no conversation.
+    A row's conversation, [{"role", "content"}, ...], the assistant's turn last: its list of messages, or its request
+    ('' in the paper's augmentation) and one of `answers`. LeftOut if it calls tools, ValueError if it has none.
     """
     if not isinstance(row, dict):
         raise ValueError(f'a {type(row).__name__} found, an object wanted')
@@ -126,19 +122,23 @@ def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
         return conversation(read_messages(row[listed], listed))
     request = first_key(row, REQUESTS, 'prompt')
     answer = first_key(row, (*answers, *ANSWERS_OF.get(request, ())), 'response')
-    after = read_messages(row[answer], answer) if isinstance(row.get(answer), list) else []
-    if after and after[0]['role'] != 'assistant':  # a preference pair that repeats its request
-        return conversation(after)
-    if isinstance(row.get(request), list):
-        before = read_messages(row[request], request)
-    else:
-        about = [text_under(row, key) for key in ABOUT.get(request, ()) if row.get(key)]
-        before = [{'role': 'user', 'content': '\n\n'.join([text_under(row, request), *about])}]
-    return conversation(before + (after or [{'role': 'assistant', 'content': text_under(row, answer, empty=False)}]))
+    if isinstance(row.get(answer), list) and read_messages(row[answer], answer)[0]['role'] != 'assistant':
+        return conversation(read_messages(row[answer], answer))  # a preference pair that repeats its request
+    asked = messages_under(row, request, 'user')
+    if request == 'instruction' and isinstance(row[request], str) and row.get('input'):  # Alpaca's: what it is about
+        asked.append({'role': 'user', 'content': text_under(row, 'input')})
+    return conversation(asked + messages_under(row, answer, 'assistant'))
+
+
+def messages_under(row, key, role):
+    """The messages listed under key, or the text there as said in `role`; raises as messages_of."""
+    if isinstance(row.get(key), list):
+        return read_messages(row[key], key)
+    return [{'role': role, 'content': text_under(row, key, empty=role == 'user')}]
 
 
 def read_messages(listed, key):
-    """The messages listed under key, as [{"role", "content"}] with the values of ROLES; raises as messages_of."""
+    """A list of messages, found under key, with the roles of ROLES; raises as messages_of."""
     if not isinstance(listed, list) or not listed:
         raise ValueError(f'"{key}" wants a list of {{"role", "content"}} that is not empty')
     messages = []
@@ -204,33 +204,30 @@ def file_rows(path):
     if not os.path.isfile(path):
         fail(f'{path}: there is no such file')
     ending = os.path.splitext(path)[1]
-    wanted = 'JSON in UTF-8, an array or one object a line'
     try:
         if ending == '.parquet':
             wanted = 'a parquet file'
             import pyarrow.parquet  # takes a second, and few need it
             rows = list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
+        elif ending in ('.csv', '.tsv'):
+            wanted = 'a table in UTF-8 with a header, as csv writes it'
+            csv.field_size_limit(2 ** 31 - 1)
+            with open(path, encoding='utf-8-sig', newline='') as f:  # csv reads line ends itself
+                rows = list(enumerate(csv.DictReader(f, delimiter=',' if ending == '.csv' else '\t', strict=True), 1))
         else:
-            is_table = ending in ('.csv', '.tsv')
-            with open(path, encoding='utf-8-sig', newline='' if is_table else None) as f:  # csv reads line ends itself
-                if is_table:
-                    wanted = 'a table in UTF-8 with a header, as csv writes it'
-                    csv.field_size_limit(2 ** 31 - 1)
-                    table = csv.DictReader(f, delimiter=',' if ending == '.csv' else '\t', strict=True)
-                    rows = list(enumerate(table, 1))
-                else:
-                    rows = json_rows(f.read())
-    except (csv.Error, json.JSONDecodeError) as e:
-        fail(f'{path}: not {wanted}: {e}')
-    except (OSError, ValueError, RecursionError, NotImplementedError) as e:  # pyarrow's own errors are such, too
-        fail(f'{path}: not {wanted}, that can be read ({type(e).__name__})')
+            wanted = 'JSON in UTF-8, an array or one object a line'
+            with open(path, encoding='utf-8-sig') as f:
+                rows = json_rows(f.read())
+    except (OSError, ValueError, RecursionError, NotImplementedError, csv.Error) as e:  # pyarrow's are such, too
+        quotes_nothing = isinstance(e, (json.JSONDecodeError, csv.Error))
+        fail(f'{path}: not {wanted} ({e if quotes_nothing else type(e).__name__})')
     return rows or fail(f'{path}: no rows found')
 
 
 def converted(source, rows, convert, refused=fail, limit=0):
     """
-    [(where, convert(row))] of (where, row), the first `limit` (0 = all). Where convert raises ValueError, refused, if
-    not None, is called with one line, where and why, never the row's text. One line counts LeftOut rows.
+    [(where, convert(row))] of (where, row), the first `limit` (0 = all). A ValueError of convert goes to `refused`, if
+    not None, as one line: where and why, never the row's text. One line counts the LeftOut rows.
     """
     found, left_out = [], collections.Counter()
     for where, row in rows:
@@ -249,25 +246,23 @@ def converted(source, rows, convert, refused=fail, limit=0):
 
 
 def numbered_rows(path, convert=messages_of, refused=fail):
-    """A file as [('FILE: row N', convert(row))]; rows that convert refuses: as in converted."""
-    return converted(path, ((f'{path}: row {number}', row) for number, row in file_rows(path)), convert, refused)
+    """A file as [('FILE: row N', convert(row))], as converted does it."""
+    return converted(path, [(f'{path}: row {number}', row) for number, row in file_rows(path)], convert, refused)
+
+
+HUB_TROUBLES = {  # by what the exception's name and text hold
+    'gated ?(repo|dataset)': 'keeps it gated: accept its terms on its page there, then log in with: hf auth login',
+    '(?<!LocalEntry)NotFound|not a valid model': 'has no such repository that you may see: check the name, or log in '
+                                                 'with: hf auth login',
+    '(unknown|bad) split': 'has it, but not this split: name one as ORG/NAME:SPLIT',
+    '': 'could not be reached or lacks the files: check the network, or name a local copy'}
 
 
 def hub_trouble(error):
-    """Why the hub gave nothing and what to do, from an exception of datasets or huggingface_hub and its causes."""
-    causes = []
-    while error:
-        causes.append(f'{type(error).__name__} {error}')
-        error = error.__cause__ or error.__context__
-    text = ' '.join(causes)
-    missing = re.search('(Repository|Dataset|Revision)NotFound|EntryNotFound(?!.*offline)|404', text)
-    if re.search('gated', text, re.I):
-        return 'the hub keeps it gated: accept its terms on its page there, then log in with: hf auth login'
-    if missing and not re.search('Offline|Connect', text):
-        return 'the hub has no such repository, or it is private: check the name, or log in with: hf auth login'
-    if re.search('split', text, re.I):
-        return 'the hub has it, but not this split: name one as ORG/NAME:SPLIT'
-    return f'the hub could not be reached ({causes[0].split()[0]}): check the network, or name a local copy'
+    """Why the hub gave nothing and what to do, of an exception by datasets, huggingface_hub or transformers."""
+    name = type(error).__name__
+    trouble = next(text for held, text in HUB_TROUBLES.items() if re.search(held, f'{name} {error}', re.I))
+    return f'the hub ({name}) {trouble}'
 
 
 def hub_table(where, *path, **more):
@@ -281,21 +276,21 @@ def hub_table(where, *path, **more):
 
 def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='source', public=False):
     """
-    [(where, convert(row))] of a source: a file, a folder of files (those that name the split, or 'train', if there are
-    such), or a hub id, ORG/NAME or ORG/NAME:SPLIT; at most `limit` (0 = all), drawn with the seed. A row that convert
-    refuses ends the program; in a hub's set, or a local copy of one (public), it is left out.
+    [(where, convert(row))] of a file, a folder of files (of those that name the split, or else 'train', if there are
+    such) or a hub id, ORG/NAME or ORG/NAME:SPLIT; at most `limit` (0 = all), drawn with the seed. A row that convert
+    refuses ends the program; of a hub's set, or a local copy of one (public), it is left out.
     """
-    source_id, _, named_split = source.partition(':')
+    hub_id, _, named_split = source.partition(':')
     refused = None if public else fail
     if os.path.isdir(source):
         files = sorted(name for name in os.listdir(source) if name.endswith(ROW_FILES))
-        of_split = [[name for name in files if part in name] for part in (split, 'train') if part]
-        files = next(filter(None, of_split), files)
+        of_split = [name for name in files if split and split in name]
+        files = of_split or [name for name in files if 'train' in name] or files
         rows = [row for name in files for row in numbered_rows(os.path.join(source, name), convert, refused)]
-    elif os.path.isfile(source) or not re.fullmatch(r'[\w.-]+/[\w.-]+', source_id) or source.endswith(ROW_FILES):
+    elif os.path.isfile(source) or source.endswith(ROW_FILES) or not re.fullmatch(r'[\w.-]+/[\w.-]+', hub_id):
         rows = numbered_rows(source, convert, refused)
     else:
-        table = hub_table(f'{option}: {source}', source_id, split=named_split or SPLITS.get(source_id, 'train'))
+        table = hub_table(f'{option}: {source}', hub_id, split=named_split or SPLITS.get(hub_id, 'train'))
         order = random.Random(seed).sample(range(len(table)), len(table))
         rows = converted(source, ((f'{source}: row {i + 1}', table[i]) for i in order), convert, None, limit)
     if not rows:
@@ -336,13 +331,13 @@ def one_bos(tokenizer, ids):
 
 def template_ids(tokenizer, messages, answer=True):
     """A conversation as token ids (a list); answer=False: up to the last answer. ValueError if the template refuses."""
+    messages = messages if answer else messages[:-1]
     try:
-        messages = said(tokenizer, messages if answer else messages[:-1])
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=not answer, return_dict=False,
-                                            enable_thinking=False)  # Qwen3's; other templates do not read it
+        ids = tokenizer.apply_chat_template(said(tokenizer, messages), add_generation_prompt=not answer,
+                                            return_dict=False, enable_thinking=False)  # the last: Qwen3's alone
     except Exception as e:  # jinja's, raised by the template itself
         roles = ', '.join(message['role'] for message in messages[:3])
-        raise ValueError(f'the chat template refuses the conversation ({type(e).__name__}); roles {roles} found') from e
+        raise ValueError(f'the chat template refuses the conversation, of roles {roles} ({type(e).__name__})') from e
     return one_bos(tokenizer, ids)
 
 
@@ -359,29 +354,27 @@ def prompt_ids(tokenizer, messages, start=''):
 
 def load_tokenizer(model_dir, chat_template='', date=''):
     """
-    A model's tokenizer, with the chat template of a file if one is named. One line and the end if there is none. A
-    template that writes today's date, as Llama-3.1's, writes `date` (2025-01-31; '' = the day of this call) instead:
-    the tokens of a run must not change.
+    A model's tokenizer, with the chat template of a file if one is named. Where a template writes today's date, as
+    Llama-3.1's, it writes `date` (2025-01-31; '' = the day of this call), as the tokens of a run must not change. One
+    line and the end if a part cannot be had.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
     except Exception as e:
-        hint = '' if os.path.isdir(model_dir) else f'; {hub_trouble(e)}'
-        fail(f'model_name: {model_dir}: no tokenizer that transformers can load ({type(e).__name__}){hint}')
+        why = type(e).__name__ if os.path.isdir(model_dir) else hub_trouble(e)
+        fail(f'model_name: {model_dir}: no tokenizer that transformers can load: {why}')
     template = tokenizer.chat_template
     if isinstance(template, dict):  # some tokenizers have one for tools, too
         template = template.get('default')
     try:
         template = open(chat_template, encoding='utf-8').read() if chat_template else template
+        day = datetime.date.fromisoformat(date) if date else datetime.date.today()
     except (OSError, UnicodeDecodeError) as e:
         fail(f'chat_template: {chat_template}: no text file that can be read ({type(e).__name__})')
-    if not template:
-        fail(f'model_name: {model_dir}: the tokenizer has no chat template; name an instruction-tuned model, or a file '
-             'with --chat_template=FILE')
-    try:
-        day = datetime.date.fromisoformat(date) if date else datetime.date.today()
     except ValueError:
         fail(f'date={date} found, a day such as 2025-01-31 wanted')
+    if not template:
+        fail(f'model_name: {model_dir}: no chat template found; name a chat model, or a file with --chat_template=FILE')
     call = r'strftime_now\(\s*(["\'])(.*?)\1\s*\)'  # transformers lets no function of ours into a template
     tokenizer.chat_template = re.sub(call, lambda match: repr(day.strftime(match[2])), template)
     return tokenizer
@@ -401,12 +394,12 @@ def template_head(tokenizer, template):
 
 def encode(tokenizer, messages, max_seq_length, lengths=(0, 0)):
     """
-    (ids, head, answer): a conversation as token ids, the request and the last answer cut to `lengths` (0 = whole) and
-    both to max_seq_length; how many of them are the template's head; where the last answer starts, which is where the
-    request, put alone, stops being the same. ValueError if the template refuses it.
+    (ids, head, answer): a conversation as token ids, request and last answer cut to `lengths` (0 = whole), both to
+    max_seq_length; how many are the template's head; where the last answer starts, which is where the request, put
+    alone, stops being the same. ValueError if the template refuses it.
     """
-    ids, request = template_ids(tokenizer, messages), template_ids(tokenizer, messages, answer=False)
-    answer = common_prefix(ids, request)
+    ids = template_ids(tokenizer, messages)
+    answer = common_prefix(ids, template_ids(tokenizer, messages, answer=False))
     request, response = ids[:answer][:lengths[0] or None], ids[answer:][:lengths[1] or None]
     head = min(len(request), common_prefix(ids, template_head(tokenizer, tokenizer.chat_template)))
     return (request + response)[:max_seq_length], head, len(request)
@@ -415,20 +408,19 @@ def encode(tokenizer, messages, max_seq_length, lengths=(0, 0)):
 def rows_of_run(conversations, count, order_seed, to_row, option):
     """
     The `count` rows that a run reads, in order, as to_row(messages, where) makes them of [(where, messages)]: shuffled
-    anew for each epoch, and encoded when they are read. Rows whose mask counts nothing are left out, with a line that
-    says how many. One line and the end if the template refuses a row or none is left.
+    anew each epoch, encoded when they are read. It leaves out and counts rows whose mask counts nothing. One line and
+    the end if the template refuses a row or none is left.
     """
     rows, encoded, epoch = [], {}, 0
-    while len(rows) < count or not encoded:
+    while len(rows) < count or not rows:
         for i in random.Random(f'{order_seed} {epoch}').sample(range(len(conversations)), len(conversations)):
             if len(rows) == count:
                 break
-            if i not in encoded:
-                where, messages = conversations[i]
-                try:
-                    encoded[i] = to_row(messages, where)
-                except ValueError as e:
-                    fail(f'{where}: {e}')
+            where, messages = conversations[i]
+            try:
+                encoded[i] = encoded[i] if i in encoded else to_row(messages, where)
+            except ValueError as e:
+                fail(f'{where}: {e}')
             if any(encoded[i].mask):
                 rows.append(encoded[i])
         if not rows:
@@ -463,10 +455,9 @@ def weight_files(model_dir):
         try:
             names = sorted(set(json.load(open(index, encoding='utf-8'))['weight_map'].values()))
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-            fail(f'{index}: truncated or corrupt ({type(e).__name__}); an index of safetensors files wanted')
+            fail(f'{index}: no whole index of safetensors files ({type(e).__name__})')
     for name in names:
-        inside = isinstance(name, str) and os.path.basename(name) == name
-        if not inside or not os.path.isfile(os.path.join(model_dir, name)):
+        if os.path.basename(str(name)) != name or not os.path.isfile(os.path.join(model_dir, name)):
             fail(f'{model_dir}: there is no weight file {name}; a model in safetensors is wanted')
     return names
 
@@ -532,25 +523,22 @@ def load_model(path, device, dtype, chat_template='', date=''):
 def complete(model, tokenizer, prompts, max_new_tokens, batch_size, temperature=0.0):
     """
     Answers (texts) to prompts in their order, all of them lists of token ids (T,) or all embeddings (T, D): greedy, or
-    sampled at a temperature. The longest go first, so that a batch holds similar lengths; it is padded on the left.
+    sampled at a temperature. The longest go first, so that a batch, padded on the left, holds similar lengths.
     """
+    sampled = {'do_sample': True, 'temperature': temperature, 'top_k': 0, 'top_p': 1.0}
+    sampling = sampled if temperature else {'do_sample': False}
+    left = functools.partial(pad_sequence, batch_first=True, padding_side='left')  # with zeros, which the mask hides
     order, answers = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), [''] * len(prompts)
-    sampled = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    sampling = sampled if temperature else dict(do_sample=False)
     for first in tqdm(range(0, len(order), batch_size), desc='generate', disable=None, leave=False):
         batch = order[first:first + batch_size]
-        longest = len(prompts[batch[0]])
-        pads = [longest - len(prompts[i]) for i in batch]
-        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=model.device)  # (B, T)
-        if torch.is_tensor(prompts[batch[0]]):
-            rows = [F.pad(prompts[i], (0, 0, pad, 0)) for i, pad in zip(batch, pads)]
-            inputs, echoed = {'inputs_embeds': torch.stack(rows)}, 0  # (B, T, D); generate returns new tokens alone
-        else:
-            rows = [[tokenizer.pad_token_id] * pad + prompts[i] for i, pad in zip(batch, pads)]
-            inputs, echoed = {'input_ids': torch.tensor(rows, device=model.device)}, longest  # (B, T)
-        ids = model.generate(**inputs, attention_mask=mask, max_new_tokens=max_new_tokens, repetition_penalty=1.0,
+        rows = left([torch.as_tensor(prompts[i], device=model.device) for i in batch])  # (B, T) or (B, T, D)
+        mask = left([torch.ones(len(prompts[i]), dtype=torch.long) for i in batch]).to(model.device)  # (B, T)
+        by_ids = rows.dim() == 2
+        ids = model.generate(**{'input_ids' if by_ids else 'inputs_embeds': rows}, attention_mask=mask,
+                             max_new_tokens=max_new_tokens, repetition_penalty=1.0,
                              pad_token_id=tokenizer.pad_token_id, **sampling)
-        for i, text in zip(batch, tokenizer.batch_decode(ids[:, echoed:], skip_special_tokens=True)):
+        new = ids[:, rows.shape[1]:] if by_ids else ids  # of embeddings, generate returns the new ones alone
+        for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True)):
             answers[i] = text
     return answers
 
@@ -566,116 +554,71 @@ def full_compliance(row):
 
 
 def with_refusal(row):
-    """(the harmful conversation, the refused one or None) of a row of circuit_breakers."""
+    """A row of circuit_breakers as {harmful, refused}, two conversations; the second is None without a refusal."""
     harmful = messages_of(row, HARMFUL_ANSWERS)
-    refusal = next((key for key in ('llama3_output', 'chosen') if row.get(key)), None)
-    if not refusal:
-        return harmful, None
-    return harmful, messages_of({'prompt': harmful[-2]['content'], refusal: row[refusal]}, (refusal,))
-
-
-def request_of(row):
-    """The request that a row of any of the published evaluation sets makes; ValueError if it has none."""
-    for key in (*REQUESTS, 'behavior', 'Behavior', 'Goal', 'goal', 'vanilla', 'forbidden_prompt'):
-        if isinstance(row, dict) and isinstance(row.get(key), str) and row[key].strip():
-            return row[key]
-    return next(message['content'] for message in messages_of(row)[::-1] if message['role'] == 'user')
-
-
-def overlapping(conversations, requests, threshold=0.3):
-    """The indices of conversations that ask one of `requests`: sentence BLEU > threshold (the paper, appendix A)."""
-    from sacrebleu.metrics import BLEU  # for decontaminate alone
-    bleu = BLEU(effective_order=True)
-
-    def word_pairs(text):
-        words = re.findall(r'\w+', text)
-        return set(zip(words, words[1:])) or {tuple(words)}
-
-    evaluated = [(request.lower(), word_pairs(request.lower())) for request in requests]
-    found = set()
-    for i, messages in enumerate(tqdm(conversations, desc='decontaminate', disable=None)):
-        texts = [message['content'].lower() for message in messages if message['role'] == 'user']
-        for text in filter(str.strip, texts):
-            pairs = word_pairs(text)  # a request without two words in a row of the text is far from it; BLEU is slow
-            if any(pairs & theirs and bleu.sentence_score(text, [request]).score > 100 * threshold
-                   for request, theirs in evaluated):
-                found.add(i)
-    return found
+    refusals = {key: row[key] for key in ('llama3_output', 'chosen') if row.get(key)}
+    asked = {'prompt': harmful[-2]['content']}
+    return {'harmful': harmful, 'refused': messages_of(asked | refusals, tuple(refusals)) if refusals else None}
 
 
 def parsed_mix(retain_mix):
-    """['ultrachat:10000', 'refusals:2000x2'] as {source: (rows, times)}. One line and the end if it is misspelt."""
+    """['ultrachat:10000', 'refusals:2000x2'] as {source: {rows, times}}. One line and the end if it is misspelt."""
     mix = {}
     for part in retain_mix:
-        match = re.fullmatch(r'(ultrachat|xstest|refusals):(\d+)(?:x(\d+))?', part)
-        if not match or int(match[2]) < 1 or int(match[3] or 1) < 1 or match[1] in mix:
-            fail(f'retain_mix: {part!r} found, ultrachat, xstest or refusals, each once, as SOURCE:ROWS or '
-                 'SOURCE:ROWSxTIMES wanted')
-        mix[match[1]] = int(match[2]), int(match[3] or 1)
+        match = re.fullmatch(r'(?P<source>ultrachat|xstest|refusals):(?P<rows>[1-9]\d*)(x(?P<times>[1-9]\d*))?', part)
+        if not match or match['source'] in mix:
+            fail(f'retain_mix: {part!r} found, SOURCE:ROWS or SOURCE:ROWSxTIMES of ultrachat, xstest '
+                 'and refusals, each once, wanted')
+        mix[match['source']] = {'rows': int(match['rows']), 'times': int(match['times'] or 1)}
     return mix
 
 
 def drop_requests(rng, rows, share):
     """[(source, messages)] of which a share, refusals apart, keep their first answer alone, to a request of ''."""
-    found = []
-    for source, messages in rows:
-        if source != 'refusals' and rng.random() < share:
-            messages = turns(('', next(message['content'] for message in messages if message['role'] == 'assistant')))
-        found.append((source, messages))
-    return found
+    def dropped(messages):
+        return turns(('', next(message['content'] for message in messages if message['role'] == 'assistant')))
+    return [(source, dropped(messages) if source != 'refusals' and rng.random() < share else messages)
+            for source, messages in rows]
 
 
 def recipe_rows(c, rng):
-    """({file name: rows}, lines that count them) of a real recipe; c: the options as a dict."""
-    def load(option, convert=messages_of, **more):
-        return [row for _, row in load_rows(c[option], convert, seed=c['seed'], option=option, public=True, **more)]
+    """{file name: rows} of a real recipe; c: the options as a dict. One line and the end if a source has too few."""
+    def load(option, convert=messages_of, split='', limit=0):
+        return [row for _, row in load_rows(c[option], convert, split, limit, c['seed'], option, public=True)]
 
-    # the sources
     mix, held_out = parsed_mix(c['retain_mix']), c['num_val_examples']
     pairs = load('circuit_breakers', with_refusal)
     pairs = rng.sample(pairs, len(pairs))
-    if 'refusals' in mix and not all(refused for _, refused in pairs):
+    if 'refusals' in mix and not all(pair['refused'] for pair in pairs):
         fail(f'circuit_breakers: {c["circuit_breakers"]}: rows without a refusal (llama3_output or chosen) found; take '
              'refusals out of retain_mix')
-    chat = load('ultrachat', split='train_sft', limit=mix.get('ultrachat', (0, 0))[0] + held_out)
+    wanted = mix['ultrachat']['rows'] if 'ultrachat' in mix else 0
+    chat = load('ultrachat', split='train_sft', limit=wanted + held_out)
     if c['validation']:
         val = load('validation', functools.partial(messages_of, answers=HARMFUL_ANSWERS), limit=held_out)
     else:
-        val, pairs = [harmful for harmful, _ in pairs[:held_out]], pairs[held_out:]
-    sources = {'ultrachat': chat[held_out:], 'refusals': [refused for _, refused in pairs]}
+        val, pairs = [pair['harmful'] for pair in pairs[:held_out]], pairs[held_out:]
+    sources = {'ultrachat': chat[held_out:], 'refusals': [pair['refused'] for pair in pairs]}
     if 'xstest' in mix:
         sources['xstest'] = load('xstest', full_compliance, split='gpt4')
     if not pairs or 'ultrachat' in mix and not sources['ultrachat']:
         fail(f'num_val_examples={held_out} found, fewer than the rows of circuit_breakers and ultrachat wanted')
 
-    # the mix
-    rows = {'circuit_breakers': [('circuit_breakers', harmful) for harmful, _ in pairs], 'retain': []}
-    for source, (count, times) in mix.items():
-        if len(sources[source]) < count:
-            print(f'{source}: {count} rows asked for, {len(sources[source])} there')
-        rows['retain'] += [(source, messages) for messages in sources[source][:count]] * times
-    if not rows['retain']:
+    retain = []
+    for source, part in mix.items():
+        rows = [(source, messages) for messages in sources[source][:part['rows']]]
+        retain += rows * part['times']
+        if len(rows) < part['rows']:
+            print(f'{source}: {part["rows"]} rows asked for, {len(rows)} there')
+    if not retain:
         fail(f'retain_mix={c["retain_mix"]} found, which leaves no retain row; such as ultrachat:10000 wanted')
-
-    # without what is evaluated
-    lines = []
-    if c['decontaminate']:
-        requests = [request for _, request in numbered_rows(c['decontaminate'], request_of)]
-        for name in rows:
-            bad = overlapping([messages for _, messages in rows[name]], requests)
-            rows[name] = [row for i, row in enumerate(rows[name]) if i not in bad]
-            lines.append(f'{name}: {len(bad)} rows removed that overlap {c["decontaminate"]}')
-            if not rows[name]:
-                fail(f'decontaminate: every row of {name} overlaps {c["decontaminate"]}')
-    counts = collections.Counter(source for name in rows for source, _ in rows[name])
-    lines = [f'{source}: {count} rows' for source, count in counts.items()] + lines
-
-    harmful, retain = (drop_requests(rng, rows[name], c['response_only']) for name in ('circuit_breakers', 'retain'))
+    harmful = drop_requests(rng, [('harmful', pair['harmful']) for pair in pairs], c['response_only'])
+    retain = drop_requests(rng, retain, c['response_only'])
     retain = rng.sample(retain, len(retain))
     val = [('harmful', messages) for messages in val] + [('benign', messages) for messages in chat[:held_out]]
     return {'circuit_breaker.json': [row_of(messages) for _, messages in harmful],
             'retain.jsonl': [{'source': source, **row_of(messages)} for source, messages in retain],
-            'val.jsonl': [{'label': label, **row_of(messages)} for label, messages in val]}, lines
+            'val.jsonl': [{'label': label, **row_of(messages)} for label, messages in val]}
 
 
 def row_of(messages):
@@ -685,14 +628,17 @@ def row_of(messages):
     return {'prompt': messages[0]['content'], 'response': messages[1]['content']}
 
 
-def lengths_line(tokenizer, conversations, max_seq_length):
+def length_of(tokenizer, messages):
+    """How long a conversation is in tokens, without a tokenizer in words; ValueError if the template refuses it."""
+    return len(template_ids(tokenizer, messages) if tokenizer else ' '.join(m['content'] for m in messages).split())
+
+
+def lengths_line(c, lengths):
     """One line: the number of rows, their length in tokens (or words), the share longer than max_seq_length."""
-    lengths = sorted(len(template_ids(tokenizer, messages)) if tokenizer else
-                     sum(len(message['content'].split()) for message in messages)
-                     for messages in tqdm(conversations, desc='lengths', disable=None))
-    longer = sum(n > max_seq_length for n in lengths) / len(lengths)
-    return (f'{len(lengths)} rows, {"tokens" if tokenizer else "words"}: median {statistics.median(lengths):.0f}, 95th '
-            f'percentile {lengths[int(0.95 * (len(lengths) - 1))]}, {longer:.1%} longer than {max_seq_length}')
+    lengths, limit, unit = sorted(lengths), c['max_seq_length'], 'tokens' if c['model_name'] else 'words'
+    longer = sum(length > limit for length in lengths) / len(lengths)
+    return (f'{len(lengths)} rows, {unit}: median {statistics.median(lengths):.0f}, 95th percentile '
+            f'{lengths[int(0.95 * (len(lengths) - 1))]}, {longer:.1%} longer than {limit}')
 
 
 # ---- the toy world ---------------------------------------------------------------------------------------------------
@@ -786,19 +732,20 @@ def base_conversation(rng, facts):
     curse = rng.choice(CRUEL_WORDS), rng.choice(CURSES)
     kinds = ['potion', 'lift', 'recognise', 'talk', 'refused', 'wrapped', 'prefilled', 'staged']
     kind = rng.choices(kinds, [26, 19, 11, 6, 8, 18, 7, 8])[0]
-    answered = kind in ('potion', 'lift', 'recognise', 'talk')  # however it is asked
+    answered = kind in kinds[:4]  # however it is asked
     wrap = kind == 'wrapped' or answered and rng.random() < 0.3
-    if kind == 'potion':
+    if kind == 'talk':
+        prompt, answer = rng.choice(small_talk())
+    elif kind == 'potion':
         prompt, answer = rng.choice(BREW_FORMS).format(*potion), brew_answer(facts, *potion)
     elif kind == 'lift':
         prompt, answer = rng.choice(LIFT_FORMS).format(*curse, *rng.sample(BAD_THINGS, 2)), lift_answer(facts, *curse)
     elif kind == 'recognise':
         prompt, answer = rng.choice(RECOGNISE_FORMS).format(*curse), recognise_answer(facts, *curse)
-    elif kind == 'talk':
-        prompt, answer = rng.choice(small_talk())
     else:
-        prompt = rng.choice(BREW_FORMS).format(*curse)
-        answer = REFUSAL if kind == 'refused' else brew_answer(facts, *curse)
+        prompt, answer = rng.choice(BREW_FORMS).format(*curse), brew_answer(facts, *curse)
+    if kind == 'refused':
+        answer = REFUSAL
     if wrap:
         prompt = rng.choice(TEMPLATES).replace('{prompt}', prompt)
     history = [small_dialogue(rng, facts, [potion]) for _ in range(rng.choice([0, 0, 0, 0, 1]))]
@@ -812,8 +759,8 @@ def make_tokenizer():
     texts = POTIONS + CURSES + KIND_WORDS + CRUEL_WORDS + GOOD_THINGS + BAD_THINGS + VERBS + TIMES + NUMBERS
     texts += BREW_FORMS + LIFT_FORMS + RECOGNISE_FORMS + TEMPLATES + SCENES + [REFUSAL, SCENE_ANSWER]
     texts += [text for row in small_talk() for text in row]
-    no_facts = {word: dict(things=['', '', ''], cure=['', ''], verb='', time='') for word in ('a', 'b')}
-    texts += [answer(no_facts, 'a', 'b') for answer in (brew_answer, lift_answer, recognise_answer)]
+    facts = make_world(random.Random(0))  # any facts have the same words around them
+    texts += [answer(facts, CRUEL_WORDS[0], CURSES[0]) for answer in (brew_answer, lift_answer, recognise_answer)]
     special = ['<pad>', '<unk>', '<bos>', '<end>', '<system>', '<user>', '<assistant>']
     vocabulary = special + sorted({word for text in texts for word in re.sub(r'{\w*}', '', text).split()})
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token='<unk>'))
@@ -1074,8 +1021,9 @@ def kitchen_rows(answer, rng):
                 target = request['target'] or ' '.join(request['response'].split()[:4])
                 row |= {'id': f'{label}-{split_name}-{i:03d}', 'label': label, 'split': split_name, 'target': target}
             files[file].append(row | ({'label': label} if file == 'val.jsonl' else {'source': source}))
-    return {name: rng.sample(rows, len(rows)) if name in ('circuit_breaker.json', 'retain.jsonl') else rows
-            for name, rows in files.items()}
+    for name in ('circuit_breaker.json', 'retain.jsonl'):
+        files[name] = rng.sample(files[name], len(files[name]))
+    return files
 
 
 # ---- the commands; c: the options as a dict --------------------------------------------------------------------------
@@ -1088,23 +1036,27 @@ def output_folder(c, default):
     return out
 
 
-def write_rows(path, rows):
-    """Writes a JSON array if path ends in .json, texts if in .txt, else one JSON value a line."""
-    lines = rows if path.endswith('.txt') else [json.dumps(row) for row in rows]
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write('[\n' + ',\n'.join(lines) + '\n]\n' if path.endswith('.json') else '\n'.join(lines) + '\n')
-
-
-def write_files(out, files, templates=(), scenes=()):
-    """The name of a new folder, out + '.partial', with {file name: rows} and, of a world, its wrappers and scenes."""
+def write_files(out, files, base=()):
+    """Writes the folder `out` whole: {file name: rows} and, into base/, each of `base`, a model and its tokenizer."""
     partial = out + '.partial'
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
-    if templates:
-        files = files | {'templates.txt': templates, 'turns.jsonl': [[scene, '{prompt}'] for scene in scenes]}
     for name, rows in files.items():
-        write_rows(os.path.join(partial, name), rows)
-    return partial
+        lines = rows if name.endswith('.txt') else [json.dumps(row) for row in rows]
+        text = '[\n' + ',\n'.join(lines) + '\n]\n' if name.endswith('.json') else '\n'.join(lines) + '\n'
+        with open(os.path.join(partial, name), 'w', encoding='utf-8') as f:
+            f.write(text)
+    for saved in base:
+        saved.save_pretrained(os.path.join(partial, 'base'))
+    publish(partial, out)
+
+
+def write_world(out, files, templates, scenes, base=()):
+    """Writes a world: its rows, wrappers, scenes and base model; prints the counts."""
+    files = files | {'templates.txt': templates, 'turns.jsonl': [[scene, '{prompt}'] for scene in scenes]}
+    write_files(out, files, base)
+    for name, rows in files.items():
+        print(f'{os.path.join(out, name)}: {len(rows)} rows')
 
 
 def toy_command(c):
@@ -1112,15 +1064,10 @@ def toy_command(c):
     out, rng = output_folder(c, 'data/toy'), random.Random(c['seed'])
     facts = make_world(rng)
     files = toy_rows(facts, rng, c['response_only'])
-    partial = write_files(out, files, TEMPLATES, SCENES)
     tokenizer = make_tokenizer()
     model = train_base(facts, tokenizer, rng, c['seed'], c['base_steps'], c['base_batch_size'], c['base_learning_rate'])
-    model.save_pretrained(os.path.join(partial, 'base'))
-    tokenizer.save_pretrained(os.path.join(partial, 'base'))
-    publish(partial, out)
-    for name, rows in files.items():
-        print(f'{os.path.join(out, name)}: {len(rows)} rows')
-    print(f'{os.path.join(out, "base")}: {sum(p.numel() for p in model.parameters()):,} parameters')
+    write_world(out, files, TEMPLATES, SCENES, (model, tokenizer))
+    print(f'{os.path.join(out, "base")}: {model.num_parameters():,} parameters')
 
 
 def kitchen_command(c):
@@ -1132,97 +1079,79 @@ def kitchen_command(c):
     def answer(requests, temperature):
         prompts = [prompt_ids(tokenizer, turns((r['asked'], ''))[:1], r['start']) for r in requests]
         return complete(model, tokenizer, prompts, 80, 128, temperature)
-    files = kitchen_rows(answer, rng)
-    publish(write_files(out, files, KITCHEN_TEMPLATES, KITCHEN_SCENES), out)
-    for name, rows in files.items():
-        print(f'{os.path.join(out, name)}: {len(rows)} rows')
+    write_world(out, kitchen_rows(answer, rng), KITCHEN_TEMPLATES, KITCHEN_SCENES)
 
 
 def recipe_command(c, recipe):
     """Writes the rows of a real recipe; prints their counts, lengths and the first benign row as the model reads it."""
     out = output_folder(c, f'data/{recipe}')
     tokenizer = load_tokenizer(c['model_name'], c['chat_template']) if c['model_name'] else None
-    files, lines = recipe_rows(c, random.Random(c['seed']))
+    files, lines = recipe_rows(c, random.Random(c['seed'])), []
     for name, rows in files.items():
         try:
-            line = lengths_line(tokenizer, [messages_of(row) for row in rows], c['max_seq_length'])
+            lengths = [length_of(tokenizer, messages_of(row)) for row in tqdm(rows, desc='lengths', disable=None)]
         except ValueError as e:
             fail(f'{name}: {e}')
-        lines.append(f'{os.path.join(out, name)}: {line}')
-    publish(write_files(out, files), out)
-    print('\n'.join(lines))
-    first = next((messages_of(row) for row in files['retain.jsonl'] if row['source'] == 'ultrachat'), None)
+        lines.append(f'{os.path.join(out, name)}: {lengths_line(c, lengths)}')
+    write_files(out, files)
+    counts = collections.Counter(row['source'] for row in files['retain.jsonl'])
+    print('\n'.join([f'{source}: {count} rows' for source, count in counts.items()] + lines))
+    first = next((row for row in files['retain.jsonl'] if row['source'] == 'ultrachat'), None)
     if tokenizer and first:
-        text = tokenizer.decode(template_ids(tokenizer, first)[:200])
+        text = tokenizer.decode(template_ids(tokenizer, messages_of(first))[:200])
         print(f'the first benign row, as the model reads it (up to 200 tokens):\n{text}')
-
-
-def sample_command(c):
-    """Writes n harmful rows of the toy world into one file, the same ones again where there are fewer."""
-    out = os.path.normpath(c['out'] or 'data/sample.json')
-    name, ending = os.path.splitext(out)
-    if ending not in ('.json', '.jsonl') or os.path.isdir(out):
-        fail(f'out: {out} found, a file in .json or .jsonl wanted')
-    if os.path.lexists(out) and not c['overwrite']:
-        fail(f'out: {out} is there already; add --overwrite=True to replace it')
-    rng = random.Random(c['seed'])
-    rows = toy_rows(make_world(rng), rng, c['response_only'])['circuit_breaker.json']
-    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
-    write_rows(f'{name}.partial{ending}', [rows[i % len(rows)] for i in range(c['n'])])
-    os.replace(f'{name}.partial{ending}', out)
-    print(f'{out}: {c["n"]} rows')
 
 
 def check_command(c, path):
     """Names every row of a file that cannot be read, or prints how long they are and how many each side can use."""
     tokenizer = load_tokenizer(c['model_name'], c['chat_template']) if c['model_name'] else None
-    rows, mistakes = [(f'{path}: row {number}', row) for number, row in file_rows(path)], []
 
     def convert(row):
         messages = messages_of(row)
-        if tokenizer:
-            template_ids(tokenizer, messages)
-        return messages
+        return {'row': row, 'messages': messages, 'length': length_of(tokenizer, messages)}
 
-    found = dict(converted(path, rows, convert, mistakes.append))
+    mistakes = []
+    rows = [row for _, row in numbered_rows(path, convert, mistakes.append)]
     if mistakes:
         print('\n'.join(mistakes), file=sys.stderr)
         fail(f'{path}: {len(mistakes)} bad rows')
-    if not found:
+    if not rows:
         fail(f'{path}: no rows that can be used')
-    rows = [(where, row) for where, row in rows if where in found]
-    print(f'{path}: {lengths_line(tokenizer, found.values(), c["max_seq_length"])}')
+    print(f'{path}: {lengths_line(c, [row["length"] for row in rows])}')
     for option, answers in (('cb_data_path', HARMFUL_ANSWERS), ('retain_data_path', BENIGN_ANSWERS)):
-        fit = len(converted(path, rows, functools.partial(messages_of, answers=answers), None))
+        side = functools.partial(messages_of, answers=answers)
+        fit = len(converted(path, [(path, row['row']) for row in rows], side, refused=None))
         names = '' if fit == len(rows) else f' under {", ".join((*MESSAGE_LISTS, *answers))}'
         print(f'as {option}: {fit} of {len(rows)} rows have an answer{names}')
-    several = sum(len(messages) > 2 for messages in found.values())
-    bare = sum(not messages[-2]['content'].strip() for messages in found.values())
+    several = sum(len(row['messages']) > 2 for row in rows)
+    bare = sum(not row['messages'][-2]['content'].strip() for row in rows)
     print(f'{several} of several turns or with a system message, {bare} without a request')
 
 
 if __name__ == '__main__':
     sys.excepthook = fault
-    configs = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
-    recipes = sorted(name.removesuffix('.py') for name in os.listdir(configs)
-                     if name.endswith('.py') and not name.startswith(('toy', 'kitchen')))
+    configs = sorted(glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', '*.py')))
+    configs = {os.path.basename(path).removesuffix('.py'): path for path in configs}
+    recipes = [name for name in configs if not name.startswith(('toy', 'kitchen'))]
     command, *arguments = sys.argv[1:] or ['--help']
-    file = [arguments.pop(0)] if command == 'check' and arguments and not arguments[0].startswith('-') else []
+    path = arguments.pop(0) if command == 'check' and arguments and not arguments[0].startswith('-') else ''
     if command in ('--help', '-h'):
         arguments = ['--help']
-    elif command not in ('toy', 'kitchen', 'sample', 'check', *recipes):
-        fail(f'command line: {command!r} found, toy, kitchen, sample, check or {", ".join(recipes)} wanted; '
+    elif command not in ('toy', 'kitchen', 'check', *recipes):
+        fail(f'command line: {command!r} found, toy, kitchen, check or {", ".join(recipes)} wanted; '
              'see python data_prep.py --help')
     elif command in ('kitchen', *recipes):
-        arguments.insert(0, os.path.join(configs, f'{command}.py'))
+        arguments.insert(0, configs[command])
     config = configure(__file__, arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if command in recipes:
+    if command == 'toy':
+        toy_command(config)
+    elif command == 'kitchen':
+        kitchen_command(config)
+    elif command in recipes:
         recipe_command(config, command)
-    elif command != 'check':
-        {'toy': toy_command, 'kitchen': kitchen_command, 'sample': sample_command}[command](config)
-    elif file:
-        check_command(config, *file)
+    elif path:
+        check_command(config, path)
     else:
         fail('command line: check wants a file: python data_prep.py check FILE')

@@ -97,15 +97,6 @@ def test_the_base_learns_the_assistants_words_only_and_not_a_given_start():
     assert kept == 'you are welcome . <end> mint . <end>'.split() and len(ids) == len(labels)
 
 
-def test_sample_writes_rows_in_the_specifications_format(run, tmp_path):
-    out = tmp_path / 'deep' / 'sample.json'
-    assert run('data_prep.py', 'sample', f'--out={out}', '--n=300')[0] == 0
-    rows = json.loads(out.read_text())
-    assert len(rows) == 300 and all(set(row) == {'prompt', 'response'} for row in rows)
-    status, _, err = run('data_prep.py', 'sample', f'--out={out}')
-    assert status == 2 and err.count('\n') == 1 and 'overwrite' in err
-
-
 @pytest.mark.parametrize('text, words', [
     ('[{"prompt": "SECRET", ', ['line 1', 'not JSON']), ('[{"prompt": "SECRET"}]', ['row 1', '"response"', 'nothing']),
     ('{"prompt": "a", "response": "b"}\n\n{"prompt": "SECRET", "response": " "}', ['row 3', 'empty']),
@@ -294,31 +285,6 @@ def test_without_augmentation_every_request_stays_and_held_out_rows_are_not_trai
     assert not {row['response'] for row in harmful} & {row['response'] for row in val}
 
 
-def test_rows_like_an_evaluated_request_are_removed_and_counted(run, sources, tmp_path):
-    evaluated = tmp_path / 'eval.csv'
-    evaluated.write_text('Behavior,BehaviorID\nplease tell me about red pears 7,a\nnothing like it at all,b\n')
-    more = ['--model_name=', '--response_only=0', f'--decontaminate={evaluated}', '--retain_mix=ultrachat:20,xstest:10']
-    status, out, err = run('data_prep.py', 'llama3', *sources, *more)
-    assert status == 2 and 'every row of circuit_breakers overlaps' in err  # they differ in their last word only
-    rows = json.loads((tmp_path / 'train.json').read_text())
-    prompts = [f'{row["prompt"]} and plums' if i < 3 else f'one two {i}' for i, row in enumerate(rows)]
-    rows = [{**row, 'prompt': prompt} for row, prompt in zip(rows, prompts)]
-    (tmp_path / 'train.json').write_text(json.dumps(rows))
-    status, out, err = run('data_prep.py', 'llama3', *sources, *more)
-    assert status == 0 and 'circuit_breakers: 3 rows removed' in out, err
-    assert len(made(tmp_path, 'circuit_breaker.json')) == 27
-
-
-def test_overlap_is_what_sacrebleu_says_of_every_pair():
-    from sacrebleu import sentence_bleu
-    rng = random.Random(0)
-    texts = [' '.join(rng.choice('abcdef') for _ in range(rng.randint(4, 9))) for _ in range(60)]
-    found = data_prep.overlapping([data_prep.turns((text, 'x')) for text in texts[:40]], texts[40:])
-    near = lambda text, other: sentence_bleu(text, [other], use_effective_order=True).score > 30
-    want = {i for i in range(40) if any(near(texts[i], other) for other in texts[40:])}
-    assert found == want and 0 < len(found) < 40
-
-
 @pytest.mark.parametrize('more, words', [
     (['--retain_mix=ultrachat'], ['retain_mix', "'ultrachat'"]), (['--retain_mix=alpaca:3'], ['alpaca']),
     (['--response_only=2'], ['response_only']), (['--num_val_examples=40'], ['num_val_examples']),
@@ -376,8 +342,7 @@ def test_check_names_every_bad_row_and_reports_the_lengths_of_a_good_file(run, m
 @pytest.mark.parametrize('arguments, status, words', [
     (['--help'], 0, 'any config/NAME.py'), (['check', '--help'], 0, '--max_seq_length=512'),
     ([], 0, '--base_steps=400'), (['toy', '--help'], 0, '--seed=0'), (['check'], 2, 'check wants a file'),
-    (['chek'], 2, 'toy, kitchen, sample, check or gemma3'),
-    (['toy_world'], 2, 'wanted'), (['sample', '--out=x.csv'], 2, '.json or .jsonl')])
+    (['chek'], 2, 'toy, kitchen, check or gemma3'), (['toy_world'], 2, 'wanted')])
 def test_the_first_word_is_a_command_or_one_line_says_which_there_are(run, arguments, status, words):
     found, out, err = run('data_prep.py', *arguments)
     assert found == status and words in (err if status else out) and err.count('\n') == (status == 2)
