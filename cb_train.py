@@ -98,6 +98,7 @@ weight_decay = 0.0               # >= 0
 max_grad_norm = 1.0              # > 0: the gradient is clipped to this norm
 # data: a .json, .jsonl, .csv, .tsv or .parquet file, a folder of such or a hub id; data_prep.py check FILE reads one
 cb_data_path = 'data/circuit_breakers_train.json'  # harmful rows
+contexts = ['own']               # own | nothing | benign: requests that each harmful answer is put behind
 retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows
 val_data_path = ''               # held-out rows with a "label", harmful or benign ['' = a tenth of both sets]
 num_retain_examples = 10000      # >= 1: at most so many rows, drawn with the seed
@@ -129,7 +130,7 @@ class LoRALinear(nn.Module):
     A frozen linear layer plus a trainable low-rank delta: W x + B A dropout(x) * scale   (arXiv 2106.09685).
 
     lora_A (r, in) is Kaiming-uniform, drawn on the CPU so that no device changes it; lora_B (out, r) is zero; both are
-    float32. scale is unit * alpha / r. `enabled = False` gives the base bit for bit.
+    float32. scale = unit * alpha / r. `enabled = False` gives the base bit for bit.
     """
 
     def __init__(self, base, r, alpha, dropout, unit=1.0):
@@ -154,8 +155,7 @@ class LoRALinear(nn.Module):
 
 def add_lora(model, target_modules, layers, r, alpha, dropout, relative=False):
     """
-    Freezes the model and wraps the named linears of the given blocks in place. Returns {name of the linear:
-    LoRALinear}.
+    Freezes the model, wraps the named linears of the given blocks in place and returns {linear's name: LoRALinear}.
 
     relative: a delta's unit is the root mean square of its weight over WEIGHT_RMS, so that one learning rate fits
     models whose weights differ in scale (Llama's are about 0.02, SmolLM2's ten times as large).
@@ -192,18 +192,28 @@ PHANTOM = Row([0], [0], '')  # what a rank computes that has no row left
 
 def token_mask(ids, stream, loss_on, head, answer):
     """
-    Returns which tokens of a row the loss of its stream ('retain' or 'harmful') counts, (T,) of 0 and 1. CHANGE A MASK
-    HERE.
-
-    head: the index of a row's first word, behind what the chat template writes (BOS, a system prompt). Both sets share
-    that, so that both losses would pull at the same states: the cb loss leaves it out. answer: the index of the last
-    answer's first token.
+    Returns which tokens of a row its stream's loss counts, (T,) of 0 and 1; stream: 'retain' or 'harmful'. CHANGE A
+    MASK HERE. head: where a row's first word stands, behind what the chat template writes (BOS, a system prompt): both
+    sets share that, and both losses would pull at it, so the cb loss leaves it out. answer: where the last answer does.
     """
     if loss_on == 'response' or (loss_on == 'harmful_response' and stream == 'harmful'):
         first = answer
     else:
         first = head if stream == 'harmful' else 0
     return [int(i >= first) for i in range(len(ids))]
+
+
+def in_contexts(harmful, benign, contexts, rng):
+    """
+    Returns each harmful answer once behind every kind of context: its 'own' request, 'nothing' (an empty one), that of
+    a drawn 'benign' conversation; all are [(where, messages)]. With loss_on='harmful_response' the adapter can react
+    to nothing but what is told: not to the request, the mood to refuse or the turn.
+    """
+    found = []
+    for where, (*request, answer) in harmful:
+        before = {'own': request, 'nothing': [{'role': 'user', 'content': ''}], 'benign': rng.choice(benign)[1][:-1]}
+        found += [(where, [*before[context], answer]) for context in contexts]
+    return found
 
 
 def count(rows):
@@ -214,8 +224,7 @@ def count(rows):
 def micro_batches(rows, batch_size, max_tokens):
     """
     Returns rows cut into passes, the longest first: lists of at most batch_size rows and max_tokens tokens, pads
-    included, or of one row. The losses are sums over tokens divided by a number known beforehand, so that no cut
-    changes the gradient.
+    included, or of one row. Losses are sums over tokens divided by a number known before: no cut changes the gradient.
     """
     batches = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
@@ -229,8 +238,8 @@ def micro_batches(rows, batch_size, max_tokens):
 
 def my_batches(rows, c):
     """
-    Returns the micro-batches of rank c.rank among c.world: each rank gets every world-th of the rows, sorted by length.
-    All have as many passes, which FSDP needs: a rank that has fewer computes a PHANTOM.
+    Returns the micro-batches of rank c.rank: of the rows, sorted by length, each rank gets every c.world-th. All have
+    as many passes, which FSDP needs: a rank that has fewer computes a PHANTOM.
     """
     by_length = sorted(rows, key=lambda row: -len(row.ids))
     shares = [micro_batches(by_length[rank::c.world], c.batch_size, c.micro_batch_tokens) for rank in range(c.world)]
@@ -368,9 +377,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
     """
     Trains the LoRA from state['step'] to max_steps. Returns the last step's record, as it stands in the log.
 
-    c: the options; save(state) keeps a checkpoint; log: an open file. A step's gradients, the sums of its losses and
-    the signals that arrived are one buffer, summed over the ranks once. Dropout is a function of seed, rank and step:
-    no random state is kept.
+    save(state) keeps a checkpoint; log: an open file. A step's gradients, the sums of its losses and the signals that
+    arrived are one buffer, summed over the ranks once. Dropout is a function of seed, rank and step.
     """
     parameters = optimizer.param_groups[0]['params']
     names = [f'{stream.prefix}_{figure}' for stream in streams for figure in ('loss', 'cos')] + ['SIGINT', 'SIGTERM']
@@ -438,7 +446,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
 TORCH_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
 OTHER_WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt')
 OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'eval.jsonl.partial',
-            'generations.jsonl', 'attacks.png', 'training.png', 'states.png')  # beside a model's own files
+            'generations.jsonl', 'attacks.png')  # beside a model's own files
 
 
 def merge(model_dir, output_dir, deltas):
@@ -446,9 +454,8 @@ def merge(model_dir, output_dir, deltas):
     Writes output_dir: every file of model_dir as it is, but for the weights in deltas, {linear: function of a slice of
     rows that returns what is added to them, (rows, in) float32}: added in float32, cast once to the stored dtype.
 
-    A file is copied, then its adapted tensors are overwritten in place, 128 rows in memory at a time, whatever the
-    model's size. Left behind are weights in other formats, the model card, and what an earlier run of this script wrote
-    beside a model.
+    A file is copied, then its adapted tensors are overwritten in place, 128 rows in memory at a time. Left behind are
+    weights in other formats, the model card, and what an earlier run wrote beside a model.
     """
     def left_behind(folder, names):
         return [name for name in set(names) - set(weight_files(model_dir))
@@ -532,13 +539,6 @@ def shard(model, device):
     for block in model.layers:
         lora = {p for p in block.parameters() if p.requires_grad}
         fully_shard(block.to(device), mesh=mesh, reshard_after_forward=True, ignored_params=lora)
-
-
-def one_block_at_a_time(model, device):
-    """Lets each block of a mapped model come to the device for its call, then go: a model of any size fits."""
-    for block in model.layers:
-        block.register_forward_pre_hook(lambda block, inputs: block.to(device) and None)  # None: the input stays
-        block.register_forward_hook(lambda block, inputs, output: block.to('meta') and None)
 
 
 # ---- what a step says ------------------------------------------------------------------------------------------------
@@ -758,7 +758,7 @@ def check_same_run(path, found, wanted):
 
 def check_options(c):
     """Ends with one line if the options contradict each other or the number of ranks."""
-    for name in ('target_layers', 'target_modules', 'output_dir'):
+    for name in ('target_layers', 'target_modules', 'contexts', 'output_dir'):
         if not getattr(c, name):
             fail(f'an empty {name} found, at least one wanted')
     for name in ('target_layers', 'target_modules', 'layers_to_transform'):
@@ -766,6 +766,9 @@ def check_options(c):
             fail(f'{name}={getattr(c, name)} found, with one twice, each once wanted')
     if c.num_hidden_layers and max(c.target_layers) > c.num_hidden_layers:
         fail(f'target_layers={c.target_layers} found, but num_hidden_layers keeps {c.num_hidden_layers} blocks')
+    if 'benign' in c.contexts and c.loss_on == 'all':
+        fail(f'contexts={c.contexts} and loss_on=all found, which turns benign requests away; '
+             'loss_on=harmful_response wanted')
     if len(c.cb_lengths) != 2:
         fail(f'cb_lengths={c.cb_lengths} found, two numbers wanted: of the request and of the answer')
     if c.merge_only and not (c.init_from and c.merge_adapter):
@@ -803,6 +806,8 @@ def load_sets(c, tokenizer):
             held = random.Random(f'{c.seed} val').sample(conversations, min(60, math.ceil(len(conversations) / 10)))
             texts = [messages for _, messages in held]
             conversations = [row for row in conversations if row[1] not in texts] or conversations
+        if name == 'harmful':
+            conversations = in_contexts(conversations, sets['retain'], c.contexts, random.Random(f'{c.seed} contexts'))
 
         def to_row(messages, where):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)
@@ -821,8 +826,8 @@ def model_card(c, rows, record):
     made = f'Trained on {numbers}: {record.get("verdict")}.'
     if c.merge_only:
         made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
-    recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'cb_loss', 'loss_on', 'schedule_steps', 'max_steps',
-              'lora_r', 'target_modules', 'batch_size', 'learning_rate', 'seed')
+    recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'cb_loss', 'loss_on', 'contexts', 'schedule_steps',
+              'max_steps', 'lora_r', 'target_modules', 'batch_size', 'learning_rate', 'seed')
     return '\n'.join([
         '---', *([f'base_model: {c.model_name}'] if hub_id else []), 'library_name: transformers',
         'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(c.output_dir)}', '',
@@ -835,7 +840,7 @@ def save_merged(model_dir, partial, loras, adapted, blocks, base, c):
     """
     Writes the merged model into `partial`, loads it again and compares its states on PROBE with the adapted ones (L + 1
     states). Returns how far they are apart: the largest, over layers, of the mean over tokens of || a - b || / || b ||.
-    base: base_files at the start.
+    base: base_files at the start. With fsdp the merged model runs on the CPU, mapped from its files: any size fits.
     """
     now = base_files(model_dir)
     changed = [name for name in base if now.get(name) != base[name]]
@@ -845,12 +850,10 @@ def save_merged(model_dir, partial, loras, adapted, blocks, base, c):
     merge(model_dir, partial, {name: lora.delta for name, lora in loras.items()})
     if c.chat_template:
         shutil.copyfile(c.chat_template, os.path.join(partial, 'chat_template.jinja'))
-    merged = load_decoder(partial, blocks, c.dtype, c.device, mapped=c.fsdp)
-    if c.fsdp:
-        one_block_at_a_time(merged, c.device)
+    merged = load_decoder(partial, blocks, c.dtype, 'cpu' if c.fsdp else c.device, mapped=c.fsdp)
     with torch.no_grad():
-        found = hidden_states(merged, PROBE.to(c.device))
-    every = torch.ones(PROBE.shape, device=c.device)
+        found = hidden_states(merged, PROBE.to(merged.device))
+    every, adapted = torch.ones(PROBE.shape, device=merged.device), [h.to(merged.device) for h in adapted]
     distance = max(retain_loss(adapted, found, every, [l]).item() for l in range(1, blocks + 1))
     off = distance / LLAMA3_NORM / PROBE.numel()
     exact = c.dtype == 'auto' and merged.dtype == torch.float32

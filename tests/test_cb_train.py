@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -276,6 +277,31 @@ def test_a_mask_counts_what_loss_on_says_and_leaves_the_templates_head_out_of_th
     assert mask('retain', 'all') == [1] * 6 and mask('harmful', 'all') == [0, 0, 1, 1, 1, 1]
     assert mask('retain', 'response') == mask('harmful', 'response') == [0, 0, 0, 0, 1, 1]
     assert mask('retain', 'harmful_response') == [1] * 6 and mask('harmful', 'harmful_response') == [0, 0, 0, 0, 1, 1]
+
+
+def test_each_harmful_answer_stands_behind_its_own_request_nothing_and_a_benign_request_and_alone_counts(model_dir):
+    harmful = [(f'h{i}', data_prep.turns((f'tell me {word}', f'{word} apples'))) for i, word in enumerate(['one', 'two'])]
+    benign = [('b0', data_prep.turns(('yes', 'no'), ('blue', 'green'))), ('b1', data_prep.turns(('red', 'plums')))]
+    mixed = lambda seed: cb_train.in_contexts(harmful, benign, ['own', 'nothing', 'benign'], random.Random(seed))
+    requests = [[message['content'] for message in messages[:-1]] for _, messages in mixed(0)]
+    assert requests[0::3] == [['tell me one'], ['tell me two']] and requests[1::3] == [[''], ['']]
+    assert all(request in (['yes', 'no', 'blue'], ['red']) for request in requests[2::3])
+    assert [messages[-1]['content'] for _, messages in mixed(0)] == ['one apples'] * 3 + ['two apples'] * 3
+    assert [where for where, _ in mixed(0)] == ['h0'] * 3 + ['h1'] * 3
+    assert mixed(0) == mixed(0) and any(mixed(0) != mixed(seed) for seed in range(1, 9))
+    assert cb_train.in_contexts(harmful, benign, ['own'], random.Random(0)) == harmful
+    tokenizer = data_prep.load_tokenizer(model_dir)
+    for _, messages in mixed(0):  # whatever stands before it, "one apples <end>" counts and nothing else
+        ids, head, answer = data_prep.encode(tokenizer, messages, 512)
+        counted = [token for token, counts in zip(ids, cb_train.token_mask(ids, 'harmful', 'harmful_response', head, answer)) if counts]
+        assert tokenizer.decode(counted) == f'{messages[-1]["content"]} <end>'
+
+
+def test_a_run_in_mixed_contexts_reads_three_times_as_many_harmful_rows_and_says_so_in_its_card(run, arguments, tmp_path):
+    status, out, err = run('cb_train.py', *arguments, '--contexts=own,nothing,benign', '--loss_on=harmful_response', '--max_steps=12')
+    assert status == 0, err
+    assert 'harmful: 12 rows are read' in out  # each of the twelve answers three times in one epoch of 36
+    assert "| contexts | ['own', 'nothing', 'benign'] |" in (tmp_path / 'out' / 'README.md').read_text()
 
 
 def test_a_run_reads_every_row_once_an_epoch_in_an_order_of_the_seed_and_encodes_no_other(capsys):
@@ -758,7 +784,8 @@ def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, 
     (['--device=tpu'], ['device=tpu']), (['--device=cuda:x'], ['device=cuda:x']), (['--dtype=int8'], ['dtype=int8']),
     (['--gradient_checkpointing=maybe'], ['True or False']), (['--max_setps=3'], ['did you mean max_steps']),
     (['--retain_data_path=no/set'], ['no/set']), (['--target_layers='], ['target_layers']), (['--target_layers=1,1'], ['twice']),
-    (['--cb_lengths=4'], ['cb_lengths'])])
+    (['--cb_lengths=4'], ['cb_lengths']), (['--contexts=own,all'], ['contexts', 'own, nothing or benign']),
+    (['--contexts=own,benign'], ['loss_on=all', 'loss_on=harmful_response'])])
 def test_a_mistake_is_one_line_and_status_2_before_anything_is_written(run, arguments, tmp_path, more, words):
     status, _, err = run('cb_train.py', *arguments, *more)
     assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
