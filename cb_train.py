@@ -53,6 +53,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel
@@ -128,7 +129,6 @@ WEIGHT_RMS = 0.02  # root mean square of a linear's weight as most families init
 class LoRALinear(nn.Module):
     """
     A frozen linear layer plus a trainable low-rank delta: W x + B A dropout(x) * scale   (arXiv 2106.09685).
-
     lora_A (r, in) is Kaiming-uniform, drawn on the CPU so that no device changes it; lora_B (out, r) is zero; both are
     float32. scale = unit * alpha / r. `enabled = False` gives the base bit for bit.
     """
@@ -205,9 +205,8 @@ def token_mask(ids, stream, loss_on, head, answer):
 
 def in_contexts(harmful, benign, contexts, rng):
     """
-    Returns each harmful answer once behind every kind of context: its 'own' request, 'nothing' (an empty one), that of
-    a drawn 'benign' conversation; all are [(where, messages)]. With loss_on='harmful_response' the adapter can react
-    to nothing but what is told: not to the request, the mood to refuse or the turn.
+    Returns each harmful answer once behind every kind of context: its 'own' request, 'nothing' (an empty one), a drawn
+    'benign' one; all are [(where, messages)]. The adapter then cannot tell by request, mood to refuse or turn.
     """
     found = []
     for where, (*request, answer) in harmful:
@@ -248,9 +247,8 @@ def my_batches(rows, c):
 
 def pad(rows, device):
     """Returns the right-padded ids (B, T), int64, and the mask (B, T), float32, of Rows, on a device."""
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
-    mask = torch.tensor([row.mask + [0] * (longest - len(row.ids)) for row in rows], dtype=torch.float32)
+    ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.tensor(row.mask, dtype=torch.float32) for row in rows], batch_first=True)
     return ids.to(device), mask.to(device)
 
 
@@ -320,8 +318,8 @@ def coefficients(step, lorra_alpha, schedule_steps):
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
-# A set of rows and what is done with it: its name, and that of its figures in the log; its Rows in their order, those
-# held out; the loss and the layers it looks at; coefficient(step); divisor(rows), by which the loss's sum is divided.
+# What is done with a set of rows: its name, and that of its figures in the log; its Rows, those held out; the loss, the
+# layers it looks at; coefficient(step); divisor(rows), by which the loss's sum is divided.
 Stream = collections.namedtuple('Stream', 'name prefix rows held_out loss layers coefficient divisor')
 
 
@@ -376,7 +374,6 @@ def validate(model, loras, streams, c):
 def train(model, loras, optimizer, streams, c, state, save, log):
     """
     Trains the LoRA from state['step'] to max_steps. Returns the last step's record, as it stands in the log.
-
     save(state) keeps a checkpoint; log: an open file. A step's gradients, the sums of its losses and the signals that
     arrived are one buffer, summed over the ranks once. Dropout is a function of seed, rank and step.
     """
@@ -389,8 +386,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         p.grad = gradient.view_as(p)  # a view of the buffer: backward() adds into it
     record, start, signals = state['record'], time.time() - state['seconds'], catch_signals()
     rows_a_step = c.batch_size * c.gradient_accumulation_steps
-    steps = range(state['step'], c.max_steps)
-    for step in tqdm(steps, desc='train', disable=None, initial=state['step'], total=c.max_steps):
+    for step in tqdm(range(state['step'], c.max_steps), desc='train', disable=None):
         # forward and backward: for each stream and micro-batch a reference pass and an adapted pass
         torch.manual_seed(random.Random(f'{c.seed} {c.rank} {step}').getrandbits(63))
         buffer.zero_()
@@ -453,7 +449,6 @@ def merge(model_dir, output_dir, deltas):
     """
     Writes output_dir: every file of model_dir as it is, but for the weights in deltas, {linear: function of a slice of
     rows that returns what is added to them, (rows, in) float32}: added in float32, cast once to the stored dtype.
-
     A file is copied, then its adapted tensors are overwritten in place, 128 rows in memory at a time. Left behind are
     weights in other formats, the model card, and what an earlier run wrote beside a model.
     """
