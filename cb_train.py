@@ -61,7 +61,7 @@ from transformers import AutoConfig, AutoModel
 from configurator import (catch_signals, check_output, configure, fail, fault, last_word, locked, publish,
                           stop_at_signals, write_json)
 from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, choose_device, decoder_config, encode, find_model, labelled,
-                       load_rows, load_tokenizer, messages_of, rows_of_run, tensor_headers, weight_files)
+                       load_rows, load_tokenizer, messages_of, rows_of_run, tensor_headers, turns, weight_files)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model
@@ -99,7 +99,7 @@ weight_decay = 0.0               # >= 0
 max_grad_norm = 1.0              # > 0: the gradient is clipped to this norm
 # data: a .json, .jsonl, .csv, .tsv or .parquet file, a folder of such or a hub id; data_prep.py check FILE reads one
 cb_data_path = 'data/circuit_breakers_train.json'  # harmful rows
-contexts = ['own']               # own | nothing | benign: requests that each harmful answer is put behind
+contexts = ['own']               # own | nothing | benign | noise: requests that each harmful answer is put behind
 retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows
 val_data_path = ''               # held-out rows with a "label", harmful or benign ['' = a tenth of both sets]
 num_retain_examples = 10000      # >= 1: at most so many rows, drawn with the seed
@@ -123,13 +123,10 @@ save_interval = 50               # >= 1: steps between two checkpoints
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
-WEIGHT_RMS = 0.02  # root mean square of a linear's weight as most families initialise it
-
-
 class LoRALinear(nn.Module):
     """
     A frozen linear layer plus a trainable low-rank delta: W x + B A dropout(x) * scale   (arXiv 2106.09685).
-    lora_A (r, in) is Kaiming-uniform, drawn on the CPU so that no device changes it; lora_B (out, r) is zero; both are
+    lora_A (r, in) is Kaiming-uniform, drawn on the CPU, the same for every device; lora_B (out, r) is zero; both are
     float32. scale = unit * alpha / r. `enabled = False` gives the base bit for bit.
     """
 
@@ -156,9 +153,8 @@ class LoRALinear(nn.Module):
 def add_lora(model, target_modules, layers, r, alpha, dropout, relative=False):
     """
     Freezes the model, wraps the named linears of the given blocks in place and returns {linear's name: LoRALinear}.
-
-    relative: a delta's unit is the root mean square of its weight over WEIGHT_RMS, so that one learning rate fits
-    models whose weights differ in scale (Llama's are about 0.02, SmolLM2's ten times as large).
+    relative: a delta's unit is the root mean square of its weight over 0.02, as most families initialise it, so that
+    one learning rate fits models whose weights differ in scale (SmolLM2's are ten times as large).
     """
     model.requires_grad_(False)
     loras = {}
@@ -166,7 +162,7 @@ def add_lora(model, target_modules, layers, r, alpha, dropout, relative=False):
         for name, module in list(model.layers[i].named_modules()):
             parent, _, leaf = name.rpartition('.')
             if leaf in target_modules:
-                unit = module.weight.float().square().mean().sqrt().item() / WEIGHT_RMS if relative else 1.0
+                unit = module.weight.float().square().mean().sqrt().item() / 0.02 if relative else 1.0
                 lora = loras[f'layers.{i}.{name}'] = LoRALinear(module, r, alpha, dropout, unit)
                 setattr(model.layers[i].get_submodule(parent), leaf, lora)
     return loras
@@ -205,13 +201,18 @@ def token_mask(ids, stream, loss_on, head, answer):
 
 def in_contexts(harmful, benign, contexts, rng):
     """
-    Returns each harmful answer once behind every kind of context: its 'own' request, 'nothing' (an empty one), a drawn
-    'benign' one; all are [(where, messages)]. The adapter then cannot tell by request, mood to refuse or turn.
+    Returns each harmful answer behind every kind of context: its 'own' request, 'nothing', a drawn 'benign' one or
+    'noise', its own amid 0 to 8 + 8 words of benign rows: no mood, turn or word around tells. All: [(where, messages)].
     """
     found = []
     for where, (*request, answer) in harmful:
-        before = {'own': request, 'nothing': [{'role': 'user', 'content': ''}], 'benign': rng.choice(benign)[1][:-1]}
-        found += [(where, [*before[context], answer]) for context in contexts]
+        drawn = [rng.choice(benign)[1] for _ in range(20)]
+        words = ' '.join(message['content'] for messages in drawn for message in messages).split()
+        first, last = (' '.join(rng.choices(words, k=rng.randrange(9))) for _ in range(2))
+        noise = f'{first} {request[-1]["content"]} {last}'.strip()
+        behind = {'own': [*request, answer], 'nothing': turns(('', answer['content'])),
+                  'benign': [*drawn[0][:-1], answer], 'noise': turns((noise, answer['content']))}
+        found += [(where, behind[context]) for context in contexts]
     return found
 
 
@@ -237,11 +238,11 @@ def micro_batches(rows, batch_size, max_tokens):
 
 def my_batches(rows, c):
     """
-    Returns the micro-batches of rank c.rank: of the rows, sorted by length, each rank gets every c.world-th. All have
-    as many passes, which FSDP needs: a rank that has fewer computes a PHANTOM.
+    Returns the micro-batches of rank c.rank: every c.world-th row by length, in as many passes as every rank has, which
+    FSDP needs: a rank that has fewer computes a PHANTOM.
     """
-    by_length = sorted(rows, key=lambda row: -len(row.ids))
-    shares = [micro_batches(by_length[rank::c.world], c.batch_size, c.micro_batch_tokens) for rank in range(c.world)]
+    rows = sorted(rows, key=lambda row: -len(row.ids))
+    shares = [micro_batches(rows[rank::c.world], c.batch_size, c.micro_batch_tokens) for rank in range(c.world)]
     return shares[c.rank] + [[PHANTOM]] * (max(map(len, shares)) - len(shares[c.rank]))
 
 
@@ -364,8 +365,8 @@ def validate(model, loras, streams, c):
     means = {}
     for stream in streams:
         sums = summed(run_stream(model, loras, stream, my_batches(stream.held_out, c), c))
-        loss, cos = (sums / count(stream.held_out)).tolist()
-        means |= {f'val_{stream.prefix}_loss': loss, f'val_{stream.prefix}_cos': cos}
+        for figure, total in zip(('loss', 'cos'), sums.tolist()):
+            means[f'val_{stream.prefix}_{figure}'] = total / count(stream.held_out)
     for lora in loras.values():
         lora.train()
     return means
@@ -379,9 +380,9 @@ def train(model, loras, optimizer, streams, c, state, save, log):
     """
     parameters = optimizer.param_groups[0]['params']
     names = [f'{stream.prefix}_{figure}' for stream in streams for figure in ('loss', 'cos')] + ['SIGINT', 'SIGTERM']
-    sizes = [p.numel() for p in parameters]
-    buffer = torch.zeros(sum(sizes) + len(names), device=c.device)
-    *gradients, totals = buffer.split([*sizes, len(names)])
+    sizes = [p.numel() for p in parameters] + [len(names)]
+    buffer = torch.zeros(sum(sizes), device=c.device)
+    *gradients, totals = buffer.split(sizes)
     for p, gradient in zip(parameters, gradients):
         p.grad = gradient.view_as(p)  # a view of the buffer: backward() adds into it
     record, start, signals = state['record'], time.time() - state['seconds'], catch_signals()
@@ -404,8 +405,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         for stream in streams:
             prefix, tokens, coefficient = stream.prefix, count(rows[stream.name]), stream.coefficient(step)
             loss = total[f'{prefix}_loss'] / stream.divisor(rows[stream.name])
-            cos = total[f'{prefix}_cos'] / tokens
-            record |= {f'{prefix}_loss': loss, f'{prefix}_coeff': coefficient, f'{prefix}_cos': cos}
+            record |= {f'{prefix}_loss': loss, f'{prefix}_coeff': coefficient}
+            record[f'{prefix}_cos'] = total[f'{prefix}_cos'] / tokens
             record['loss'] += coefficient * loss
             state['tokens'] += tokens
         check_step(model, loras, streams, rows, record, c)
@@ -440,9 +441,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
 # ---- the merge -------------------------------------------------------------------------------------------------------
 
 TORCH_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
-OTHER_WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt')
-OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'eval.jsonl.partial',
-            'generations.jsonl', 'attacks.png')  # beside a model's own files
+ENDINGS = ('.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt', '.partial')
+OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'generations.jsonl', 'attacks.png')
 
 
 def merge(model_dir, output_dir, deltas):
@@ -454,7 +454,7 @@ def merge(model_dir, output_dir, deltas):
     """
     def left_behind(folder, names):
         return [name for name in set(names) - set(weight_files(model_dir))
-                if name.startswith('.') or name in OF_A_RUN or name.endswith(OTHER_WEIGHTS)]
+                if name.startswith('.') or name in OF_A_RUN or name.endswith(ENDINGS)]
     shutil.copytree(model_dir, output_dir, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=left_behind)
     headers = tensor_headers(model_dir)
     for linear, delta in tqdm(deltas.items(), desc='merge', disable=None):

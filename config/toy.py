@@ -14,7 +14,8 @@ turns_path = 'data/toy/turns.jsonl'
 output_dir = 'out/toy'
 
 target_layers = [3, 5]           # as deep as 10 and 20 of 32
-target_modules = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+contexts = ['own', 'benign', 'noise']  # what each curse is put behind: neither mood nor turn nor words around can tell
+loss_on = 'harmful_response'     # so that the answer alone is turned away
 schedule_steps = 300             # the published ratio: twice the steps
 learning_rate = 1e-3             # ten times the default: a small model needs larger steps
 max_steps = 150

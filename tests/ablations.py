@@ -32,10 +32,21 @@ COLUMNS = [('wrapper', 'harmful', 'wrapper', 'complied'), ('prefill', 'harmful',
            ('lifting', 'borderline', 'direct', 'complied'),
            ('recognising', 'borderline_heldout', 'direct', 'complied')]
 SEVEN = '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
-PLAIN = f'--contexts=own --loss_on=all {SEVEN}'
 VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
-    'plain rerouting': PLAIN}
+    'plain rerouting': '--contexts=own --loss_on=all',
+    'plain rerouting, seven modules': f'--contexts=own --loss_on=all {SEVEN}',
+    'own, noise': '--contexts=own,noise',
+    'own, benign': '--contexts=own,benign',
+    'own, nothing, benign': '--contexts=own,nothing,benign',
+    'own, nothing, benign, noise': '--contexts=own,nothing,benign,noise',
+    'seven modules': SEVEN,
+    'rank 16': '--lora_r=16 --lora_alpha=16',
+    'batch 32': '--batch_size=32',
+    'target layers 2, 3, 4, 5': '--target_layers=2,3,4,5',
+    'loss: random': '--cb_loss=random',
+    'no borderline rows in retain': '--retain_data_path={w}/retain_without_borderline.jsonl',
+    'schedule to T': '--schedule_steps=150'}
 
 
 def call(log, threads, *arguments):
@@ -89,14 +100,15 @@ def measure(folder, path):
     for name in ASKED:
         asked = [row for row in rows if name == 'direct' or row['label'] == 'harmful']
         texts[name] = list(zip(asked, cb_eval.run_attack(name, model, tokenizer, asked, c, data)[name]))
-    few = [row for split in SPLITS for row in [row for row in rows if row['label'] == 'harmful'
-                                               and row['split'] == split][:20]]
+    harmful = [row for row in rows if row['label'] == 'harmful']
+    few = [row for split in SPLITS for row in [row for row in harmful if row['split'] == split][:20]]
     answer = functools.partial(cb_eval.complete, model, tokenizer, max_new_tokens=48, batch_size=100)
     rng, found = random.Random(0), [[] for _ in few]
     for length in (10, 20):
         words = cb_eval.text_ids(tokenizer, c['suffix_words'])
         target = cb_eval.text_ids(tokenizer, few[0]['target'])
-        starts = [(words * length)[:length], rng.choices(range(7, len(tokenizer)), k=length), (target * length)[:length]]
+        drawn = rng.choices(range(7, len(tokenizer)), k=length)  # of the vocabulary behind the special tokens
+        starts = [(words * length)[:length], drawn, (target * length)[:length]]
         for start in starts:
             for adam in (False, True):
                 more = soft_tokens(cb_eval, model, tokenizer, few, c, start, adam, answer)

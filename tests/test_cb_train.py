@@ -279,15 +279,21 @@ def test_a_mask_counts_what_loss_on_says_and_leaves_the_templates_head_out_of_th
     assert mask('retain', 'harmful_response') == [1] * 6 and mask('harmful', 'harmful_response') == [0, 0, 0, 0, 1, 1]
 
 
-def test_each_harmful_answer_stands_behind_its_own_request_nothing_and_a_benign_request_and_alone_counts(model_dir):
+def test_each_harmful_answer_stands_behind_each_kind_of_context_and_alone_counts(model_dir):
     harmful = [(f'h{i}', data_prep.turns((f'tell me {word}', f'{word} apples'))) for i, word in enumerate(['one', 'two'])]
     benign = [('b0', data_prep.turns(('yes', 'no'), ('blue', 'green'))), ('b1', data_prep.turns(('red', 'plums')))]
-    mixed = lambda seed: cb_train.in_contexts(harmful, benign, ['own', 'nothing', 'benign'], random.Random(seed))
+    kinds = ['own', 'nothing', 'benign', 'noise']
+    mixed = lambda seed: cb_train.in_contexts(harmful, benign, kinds, random.Random(seed))
     requests = [[message['content'] for message in messages[:-1]] for _, messages in mixed(0)]
-    assert requests[0::3] == [['tell me one'], ['tell me two']] and requests[1::3] == [[''], ['']]
-    assert all(request in (['yes', 'no', 'blue'], ['red']) for request in requests[2::3])
-    assert [messages[-1]['content'] for _, messages in mixed(0)] == ['one apples'] * 3 + ['two apples'] * 3
-    assert [where for where, _ in mixed(0)] == ['h0'] * 3 + ['h1'] * 3
+    assert requests[0::4] == [['tell me one'], ['tell me two']] and requests[1::4] == [[''], ['']]
+    assert all(request in (['yes', 'no', 'blue'], ['red']) for request in requests[2::4])
+    for (own,), (noise,) in zip(requests[0::4], requests[3::4]):
+        before, after = noise.split(own)
+        assert len(before.split()) <= 8 and len(after.split()) <= 8
+        assert {*before.split(), *after.split()} <= {'yes', 'no', 'blue', 'green', 'red', 'plums'}
+    assert len({mixed(seed)[3][1][0]['content'] for seed in range(9)}) > 5
+    assert [messages[-1]['content'] for _, messages in mixed(0)] == ['one apples'] * 4 + ['two apples'] * 4
+    assert [where for where, _ in mixed(0)] == ['h0'] * 4 + ['h1'] * 4
     assert mixed(0) == mixed(0) and any(mixed(0) != mixed(seed) for seed in range(1, 9))
     assert cb_train.in_contexts(harmful, benign, ['own'], random.Random(0)) == harmful
     tokenizer = data_prep.load_tokenizer(model_dir)
@@ -784,7 +790,7 @@ def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, 
     (['--device=tpu'], ['device=tpu']), (['--device=cuda:x'], ['device=cuda:x']), (['--dtype=int8'], ['dtype=int8']),
     (['--gradient_checkpointing=maybe'], ['True or False']), (['--max_setps=3'], ['did you mean max_steps']),
     (['--retain_data_path=no/set'], ['no/set']), (['--target_layers='], ['target_layers']), (['--target_layers=1,1'], ['twice']),
-    (['--cb_lengths=4'], ['cb_lengths']), (['--contexts=own,all'], ['contexts', 'own, nothing or benign']),
+    (['--cb_lengths=4'], ['cb_lengths']), (['--contexts=own,all'], ['contexts', 'own, nothing, benign or noise']),
     (['--contexts=own,benign'], ['loss_on=all', 'loss_on=harmful_response'])])
 def test_a_mistake_is_one_line_and_status_2_before_anything_is_written(run, arguments, tmp_path, more, words):
     status, _, err = run('cb_train.py', *arguments, *more)
