@@ -4,8 +4,7 @@
 # SmolLM2-135M-Instruct answers all of it; the rows of both sets are its own answers. Measured: see the README.
 # Offline, with the model in a directory: add --model_name=DIR to all three.
 # Batch: 8 + 8 rows of up to 160 tokens, 150 steps. 30 blocks of width 576, 20 kept; states of a norm of 120 to 200.
-# Expect, of three training seeds: cb 0.63 to 0.98 at step 30 and 0.05, 0.54, 0.05 at the end; retain cos dips to
-# 0.88 to 0.92 and ends at 0.996 or more.
+# Expect (one seed): cb 0.78 at step 30, 0.31 at 50 and 0.02 at the end; retain cos dips to 0.86 and ends at 0.999.
 model_name = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 cb_data_path = 'data/kitchen/circuit_breaker.json'
 retain_data_path = 'data/kitchen/retain.jsonl'
@@ -20,10 +19,13 @@ schedule_steps = 300             # the published ratio: twice the steps
 batch_size = 8
 max_seq_length = 160
 micro_batch_tokens = 1024
+contexts = ['own', 'benign', 'noise']  # what each recipe is put behind: see in_contexts in cb_train.py
+loss_on = 'harmful_response'
 
 # the evaluation; the model refuses nothing, so there is no refusal direction to ablate
 attacks = ['direct', 'prefill', 'wrapper', 'multi_turn', 'embedding_v1', 'embedding_v2']
 judge = 'base'
+num_examples = 30
 max_new_tokens = 64
 eval_batch_size = 64
 num_optimized = 10

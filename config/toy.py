@@ -2,8 +2,8 @@
 # python data_prep.py toy && python cb_train.py config/toy.py && python cb_eval.py config/toy.py
 #
 # 1.2 M parameters, 8 blocks of width 128; a minute of training on two CPU cores (measured).
-# Expect: cb 0.1 and benign cos 0.06 at step 10, then benign states come back: cos 0.99 at the end, cb 0.2. cb does
-# not reach 0: the requests, which refusals in the retain set hold in place, are part of it.
+# Expect: cb 0.06 and benign cos 0.4 at step 20, then benign states come back: cos 0.99 at the end, cb 0.1 to 0.3 of a
+# batch, -0.01 on held-out curses. Plain rerouting: --contexts=own --loss_on=all.
 model_name = 'data/toy/base'
 cb_data_path = 'data/toy/circuit_breaker.json'
 retain_data_path = 'data/toy/retain.jsonl'

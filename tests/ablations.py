@@ -1,5 +1,6 @@
 """
 The ablations of tests/ablations.md on toy worlds: python tests/ablations.py [NAME ...] [--jobs=2] [--worlds=0,1,2,3,4]
+[--seeds=0,1,rounding] [--picture=assets/frontier.png]
 
 Each variant is one change to config/toy.py. It is trained in every world with two seeds, and in world 0 once more with
 two threads in place of one, which is another rounding: eleven runs. A cell is the mean over them and, in brackets, the
@@ -154,6 +155,31 @@ def cell(runs, label, attack, verdict):
     return ' / '.join(parts)
 
 
+def rate(counts, label, attack, verdict='complied', splits=SPLITS):
+    """Returns one run's rate in % over both splits, or some."""
+    cells = [counts[f'{label}/{attack}/{split}'] for split in splits]
+    return 100 * sum(cell.get(verdict, 0) for cell in cells) / sum(sum(cell.values()) for cell in cells)
+
+
+def picture(found, path):
+    """Draws each run of {variant: runs}: its best prompt attack against what it keeps of the hardest rows."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(7, 4.5), layout='constrained')
+    ax = fig.subplots()
+    for (name, runs), marker in zip(found.items(), 'oDs^vP*X<>' * 2):
+        attacks = [max(rate(one['counts'], 'harmful', attack) for attack in ASKED[1:]) for one in runs]
+        kept = [min(rate(one['counts'], 'borderline_heldout', 'direct'),
+                    rate(one['counts'], 'benign', 'direct', splits=['unseen'])) for one in runs]
+        dots, = ax.plot(attacks, kept, marker, alpha=0.4, markersize=5)
+        means = statistics.mean(attacks), statistics.mean(kept)
+        ax.plot(*means, marker, color=dots.get_color(), markersize=11, label=name)
+    ax.set_xlabel('the best prompt attack or ablation of a run, % of curses told')
+    ax.set_ylabel('recognising or unseen potions,\nthe worse of them, % answered')
+    ax.grid(color='0.9')
+    ax.legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=130)
+
+
 if __name__ == '__main__' and sys.argv[1:2] == ['--measure']:
     folder, path, out, seconds = sys.argv[2:]
     counts = measure(folder, path)
@@ -163,6 +189,7 @@ elif __name__ == '__main__':
     options = dict(part[2:].split('=') for part in sys.argv[1:] if part.startswith('--'))
     names = [part for part in sys.argv[1:] if not part.startswith('--')] or list(VARIANTS)
     numbers = [int(number) for number in options.get('worlds', '0,1,2,3,4').split(',')]
+    seeds = options.get('seeds', '0,1,rounding').split(',')
     os.makedirs(HOME, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(int(options.get('jobs', 2))) as pool:
         made = [pool.submit(call, f'{HOME}/world{number}.log', 1, 'data_prep.py', 'toy', f'--seed={number}',
@@ -171,12 +198,16 @@ elif __name__ == '__main__':
         [future.result() for future in made]
         waiting = {'base': [pool.submit(run, 'base', number, 0, 1) for number in numbers]}
         for name in names:
-            jobs = [(number, seed, 1) for seed in (0, 1) for number in numbers] + [(numbers[0], 0, 2)]
+            jobs = [(number, int(seed), 1) for seed in seeds if seed != 'rounding' for number in numbers]
+            jobs += [(numbers[0], 0, 2)] if 'rounding' in seeds else []
             waiting[name] = [pool.submit(run, name, *job) for job in jobs]
-        headings = [heading for heading, *_ in COLUMNS] + ['seconds']
+        headings = [heading for heading, *_ in COLUMNS] + ['runs', 'seconds']
         print('| variant | ' + ' | '.join(headings) + ' |\n' + '|---' * (len(headings) + 1) + '|')
+        found = {}
         for name, futures in waiting.items():
-            runs = [future.result() for future in futures]
+            found[name] = runs = [future.result() for future in futures]
             seconds = statistics.mean(one['seconds'] for one in runs)
             cells = ' | '.join(cell(runs, *column) for _, *column in COLUMNS)
-            print(f'| {name} | {cells} | {seconds:.0f} |', flush=True)
+            print(f'| {name} | {cells} | {len(runs)} | {seconds:.0f} |', flush=True)
+    if options.get('picture'):
+        picture(found, options['picture'])

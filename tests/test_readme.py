@@ -28,7 +28,7 @@ def test_every_command_of_the_readme_names_scripts_configs_and_options_that_exis
     script, *arguments = [word for word in shlex.split(command)[1:] if not word.startswith('--nproc_per_node')]
     if script == 'data_prep.py':  # its first word is the command
         job, *arguments = arguments
-        assert job in ('toy', 'kitchen', 'sample', 'check') or os.path.isfile(f'config/{job}.py')
+        assert job in ('toy', 'kitchen', 'check') or os.path.isfile(f'config/{job}.py')
         arguments = arguments[job == 'check':]
     assert configurator.configure(script, arguments)
 
@@ -60,3 +60,9 @@ def test_the_change_that_the_readme_shows_is_the_one_that_the_tests_apply():
     kept = open(os.path.join(ROOT, 'tests', 'variants', 'benign_mean.diff'), encoding='utf-8').read()
     changed = lambda text: [line for line in text.split('\n') if line[:1] in '+-' and not line.startswith(('+++', '---')) and line]
     assert changed(shown) == changed(kept)
+
+
+def test_the_function_that_the_readme_shows_is_that_of_the_script():
+    body = re.search(r'```python\ndef in_contexts[^\n]*\n(.*?)\n```', README, re.S)[1]
+    assert body in open(os.path.join(ROOT, 'cb_train.py'), encoding='utf-8').read()
+    assert body.count('\n') <= 40
