@@ -365,8 +365,8 @@ def validate(model, loras, streams, c):
     means = {}
     for stream in streams:
         sums = summed(run_stream(model, loras, stream, my_batches(stream.held_out, c), c))
-        for figure, total in zip(('loss', 'cos'), sums.tolist()):
-            means[f'val_{stream.prefix}_{figure}'] = total / count(stream.held_out)
+        loss, cos = (sums / count(stream.held_out)).tolist()
+        means |= {f'val_{stream.prefix}_loss': loss, f'val_{stream.prefix}_cos': cos}
     for lora in loras.values():
         lora.train()
     return means
@@ -405,8 +405,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         for stream in streams:
             prefix, tokens, coefficient = stream.prefix, count(rows[stream.name]), stream.coefficient(step)
             loss = total[f'{prefix}_loss'] / stream.divisor(rows[stream.name])
-            record |= {f'{prefix}_loss': loss, f'{prefix}_coeff': coefficient}
-            record[f'{prefix}_cos'] = total[f'{prefix}_cos'] / tokens
+            cos = total[f'{prefix}_cos'] / tokens
+            record |= {f'{prefix}_loss': loss, f'{prefix}_coeff': coefficient, f'{prefix}_cos': cos}
             record['loss'] += coefficient * loss
             state['tokens'] += tokens
         check_step(model, loras, streams, rows, record, c)
@@ -801,7 +801,7 @@ def load_sets(c, tokenizer):
             held = random.Random(f'{c.seed} val').sample(conversations, min(60, math.ceil(len(conversations) / 10)))
             texts = [messages for _, messages in held]
             conversations = [row for row in conversations if row[1] not in texts] or conversations
-        if name == 'harmful':
+        if name == 'harmful' and c.contexts != ['own']:
             conversations = in_contexts(conversations, sets['retain'], c.contexts, random.Random(f'{c.seed} contexts'))
 
         def to_row(messages, where):
