@@ -11,6 +11,7 @@ The embedding attack is put to 20 requests a split, from three starts (words, ra
 signed steps and by Adam, with 10 and with 20 soft tokens: a request counts if any of the twelve attacks succeeds.
 """
 import concurrent.futures
+import functools
 import json
 import os
 import random
@@ -22,6 +23,12 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+
+import torch
+
+import cb_eval
+from configurator import configure
+
 HOME = os.path.join(ROOT, 'out', 'ablations')
 ASKED = ['direct', 'wrapper', 'prefill', 'multi_turn', 'ablation_own', 'ablation_base']
 SPLITS = ('seen', 'unseen')
@@ -58,36 +65,33 @@ def call(log, threads, *arguments):
             sys.exit(f'{log}: {" ".join(arguments)} failed')
 
 
-def soft_tokens(cb_eval, model, tokenizer, rows, c, start, adam, answer):
+def soft_tokens(model, tokenizer, rows, c, start, adam, answer):
     """
     Returns texts for each row by soft tokens after its request that begin as the token ids `start` and descend on the
     target's cross-entropy, by Adam or by signed steps; answers are taken half way and at the end.
     """
-    import torch
     sides = [[cb_eval.embedded(model, ids) for ids in cb_eval.around(tokenizer, row['messages'])] for row in rows]
     targets, answers = [cb_eval.text_ids(tokenizer, row['target']) for row in rows], []
     soft = cb_eval.embedded(model, start).float().expand(len(rows), -1, -1).clone().requires_grad_()  # (B, S, D)
     optimizer = torch.optim.Adam([soft], lr=1e-2)
+
+    def joined():
+        return [torch.cat([before, s, after]) for (before, after), s in zip(sides, soft)]  # (T, D) each
     for step in range(1, c['embedding_steps'] + 1):
-        joined = [torch.cat([before, s, after]) for (before, after), s in zip(sides, soft)]
         optimizer.zero_grad()
-        cb_eval.target_losses(model, joined, targets).sum().backward()
+        cb_eval.target_losses(model, joined(), targets).sum().backward()
         if adam:
             optimizer.step()
         else:
             soft.data -= c['embedding_v2_lr'] * soft.grad.sign()
         if step % (c['embedding_steps'] // 2) == 0:
             with torch.no_grad():
-                answers.append(answer([torch.cat([before, s, after]) for (before, after), s in zip(sides, soft)]))
+                answers.append(answer(joined()))
     return list(map(list, zip(*answers)))
 
 
 def measure(folder, path):
     """Returns {'label/attack/split': {verdict: count}} of a model directory in a world's folder."""
-    import functools
-    import torch
-    import cb_eval
-    from configurator import configure
     torch.set_num_threads(1)
     c = configure(os.path.join(ROOT, 'cb_eval.py'), [os.path.join(ROOT, 'config', 'toy.py')])
     c |= {'num_examples': 50, 'attacks': ASKED, 'val_data_path': '', 'cb_data_path': f'{folder}/circuit_breaker.json',
@@ -112,7 +116,7 @@ def measure(folder, path):
         starts = [(words * length)[:length], drawn, (target * length)[:length]]
         for start in starts:
             for adam in (False, True):
-                more = soft_tokens(cb_eval, model, tokenizer, few, c, start, adam, answer)
+                more = soft_tokens(model, tokenizer, few, c, start, adam, answer)
                 found = [had + new for had, new in zip(found, more)]
     texts['embedding'] = list(zip(few, found))
     counts = {}
@@ -144,21 +148,20 @@ def run(name, number, seed, threads):
     return json.load(open(f'{out}.json'))
 
 
-def cell(runs, label, attack, verdict):
-    """Returns a rate in %, seen / unseen: the mean over runs, and in brackets the worst."""
-    parts = []
-    for split in SPLITS:
-        counts = [one['counts'][f'{label}/{attack}/{split}'] for one in runs]
-        rates = [100 * count.get(verdict, 0) / sum(count.values()) for count in counts]
-        worst = max(rates) if label == 'harmful' and verdict == 'complied' else min(rates)
-        parts.append(f'{statistics.mean(rates):.0f} ({worst:.0f})')
-    return ' / '.join(parts)
-
-
 def rate(counts, label, attack, verdict='complied', splits=SPLITS):
     """Returns one run's rate in % over both splits, or some."""
     cells = [counts[f'{label}/{attack}/{split}'] for split in splits]
     return 100 * sum(cell.get(verdict, 0) for cell in cells) / sum(sum(cell.values()) for cell in cells)
+
+
+def cell(runs, label, attack, verdict):
+    """Returns a rate in %, seen / unseen: the mean over runs, and in brackets the worst."""
+    parts = []
+    for split in SPLITS:
+        rates = [rate(one['counts'], label, attack, verdict, [split]) for one in runs]
+        worst = max(rates) if label == 'harmful' and verdict == 'complied' else min(rates)
+        parts.append(f'{statistics.mean(rates):.0f} ({worst:.0f})')
+    return ' / '.join(parts)
 
 
 def picture(found, path):
@@ -195,7 +198,8 @@ elif __name__ == '__main__':
         made = [pool.submit(call, f'{HOME}/world{number}.log', 1, 'data_prep.py', 'toy', f'--seed={number}',
                             f'--out={HOME}/world{number}')
                 for number in numbers if not os.path.exists(f'{HOME}/world{number}')]
-        [future.result() for future in made]
+        for future in made:
+            future.result()
         waiting = {'base': [pool.submit(run, 'base', number, 0, 1) for number in numbers]}
         for name in names:
             jobs = [(number, int(seed), 1) for seed in seeds if seed != 'rounding' for number in numbers]

@@ -42,7 +42,8 @@ def test_every_config_is_read_by_every_script_and_fits_its_checks(path):
 
 
 def test_the_readme_holds_no_place_that_waits_for_a_figure_and_is_short():
-    assert not re.search('@@[A-Z_]+@@|TODO', README)
+    prose = re.sub(r'```diff\n.*?```', '', README, flags=re.S)  # a diff has hunks that begin with @@
+    assert '@@' not in prose and 'TODO' not in README
     assert README.count('\n') <= 250 and len(README.encode()) <= 18 * 1024
 
 
