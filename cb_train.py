@@ -94,7 +94,8 @@ max_steps = 150                  # >= 1: optimizer steps
 batch_size = 4                   # >= 1: rows of each set in a pass, at most
 gradient_accumulation_steps = 1  # >= 1: a step has so many times batch_size rows of each set
 micro_batch_tokens = 0           # >= 0: tokens of a pass, pads included, or one row [0 = 512 on a CPU, 2048 elsewhere]
-learning_rate = 1e-4             # > 0: constant
+learning_rate = 1e-4             # > 0
+lr_scheduler = 'constant'        # constant | linear: learning_rate throughout, or falling to 0 at max_steps
 weight_decay = 0.0               # >= 0
 max_grad_norm = 1.0              # > 0: the gradient is clipped to this norm
 # data: a .json, .jsonl, .csv, .tsv or .parquet file, a folder of such or a hub id; data_prep.py check FILE reads one
@@ -192,10 +193,9 @@ def token_mask(ids, stream, loss_on, head, answer):
     MASK HERE. head: where a row's first word stands, behind what the chat template writes (BOS, a system prompt): both
     sets share that, and both losses would pull at it, so the cb loss leaves it out. answer: where the last answer does.
     """
+    first = head if stream == 'harmful' else 0
     if loss_on == 'response' or (loss_on == 'harmful_response' and stream == 'harmful'):
         first = answer
-    else:
-        first = head if stream == 'harmful' else 0
     return [int(i >= first) for i in range(len(ids))]
 
 
@@ -409,17 +409,16 @@ def train(model, loras, optimizer, streams, c, state, save, log):
             record |= {f'{prefix}_loss': loss, f'{prefix}_coeff': coefficient, f'{prefix}_cos': cos}
             record['loss'] += coefficient * loss
             state['tokens'] += tokens
-        check_step(model, loras, streams, rows, record, c)
+        check_step(model, loras, streams, rows, record, state, c)
+        left = 1 - step / c.max_steps if c.lr_scheduler == 'linear' else 1.0
+        optimizer.param_groups[0]['lr'] = c.learning_rate * left
         optimizer.step()
 
         # the log, a validation pass, the verdict
         last, validated = step == c.max_steps - 1, step % c.eval_interval == 0
-        state.setdefault('first_cb_loss', record['cb_loss'])
-        if step == c.max_steps // 5 > 0 and record['cb_loss'] > 0.9 * state['first_cb_loss']:
-            print(f'warning: by step {step} the cb loss has not moved a tenth; {TRY}', file=sys.stderr)
         if step % c.log_interval == 0 or validated or last:
             seconds = round(time.time() - start, 3)
-            record |= {'learning_rate': c.learning_rate, 'seconds': seconds, 'tokens': state['tokens']}
+            record |= {'learning_rate': optimizer.param_groups[0]['lr'], 'seconds': seconds, 'tokens': state['tokens']}
             record |= validate(model, loras, streams, c) if validated or last else {}
             record |= {'verdict': verdict(record, streams)} if last else {}
             tqdm.write(log_line(record, streams))
@@ -538,8 +537,11 @@ def shard(model, device):
 
 # ---- what a step says ------------------------------------------------------------------------------------------------
 
-def check_step(model, loras, streams, rows, record, c):
-    """Ends the run if a figure of a step is not finite, with the rows that do it, or if step 0 is not neutral."""
+def check_step(model, loras, streams, rows, record, state, c):
+    """
+    Ends the run if a figure of a step is not finite, with the rows that do it, or if step 0 is not neutral. Warns if by
+    a fifth of the steps the cb loss has not moved.
+    """
     figures = ', '.join(f'{name} {value}' for name, value in record.items() if name.endswith(('_loss', '_norm')))
     if not all(map(math.isfinite, record.values())):
         with torch.no_grad():
@@ -552,6 +554,9 @@ def check_step(model, loras, streams, rows, record, c):
     neutral = min(record['retain_cos'], record['cb_cos']) >= 0.99
     if record['step'] == 0 and not c.init_from and c.lora_start < 0.05 and not neutral:
         sys.exit(f'fault: step 0: {figures}: the adapter is not neutral: cosines of at least 0.99 were wanted')
+    state.setdefault('first_cb_loss', record['cb_loss'])
+    if record['step'] == c.max_steps // 5 > 0 and record['cb_loss'] > 0.9 * state['first_cb_loss']:
+        print(f'warning: by step {record["step"]} the cb loss has not moved a tenth; {TRY}', file=sys.stderr)
 
 
 def log_line(record, streams):
@@ -802,7 +807,9 @@ def load_sets(c, tokenizer):
             texts = [messages for _, messages in held]
             conversations = [row for row in conversations if row[1] not in texts] or conversations
         if name == 'harmful' and c.contexts != ['own']:
-            conversations = in_contexts(conversations, sets['retain'], c.contexts, random.Random(f'{c.seed} contexts'))
+            rng = random.Random(f'{c.seed} contexts')
+            conversations = in_contexts(conversations, sets['retain'], c.contexts, rng)
+            held = rng.sample(in_contexts(held, sets['retain'], c.contexts, rng), len(held))
 
         def to_row(messages, where):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)

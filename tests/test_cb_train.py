@@ -303,6 +303,18 @@ def test_each_harmful_answer_stands_behind_each_kind_of_context_and_alone_counts
         assert tokenizer.decode(counted) == f'{messages[-1]["content"]} <end>'
 
 
+def test_a_linear_scheduler_takes_half_a_step_half_way(run, arguments, tmp_path):
+    found = {}
+    for name, more in {'one': ['--max_steps=1'], 'constant': ['--max_steps=2'], 'linear': ['--max_steps=2', '--lr_scheduler=linear']}.items():
+        status, _, err = run('cb_train.py', *arguments, *more, '--batch_size=4', '--schedule_steps=8', '--log_interval=1', f'--output_dir={tmp_path / name}')
+        assert status == 0, err
+        found[name] = load_file(tmp_path / name / 'adapter' / 'adapter_model.safetensors')
+    for key, one in found['one'].items():  # AdamW's second step is that of equal moments, at half the rate
+        torch.testing.assert_close(found['linear'][key] - one, (found['constant'][key] - one) / 2, atol=2e-7, rtol=1e-3)
+    assert [record['learning_rate'] for record in records_of(tmp_path / 'linear')] == [1e-3, 5e-4]
+    assert [record['learning_rate'] for record in records_of(tmp_path / 'constant')] == [1e-3, 1e-3]
+
+
 def test_a_run_in_mixed_contexts_reads_three_times_as_many_harmful_rows_and_says_so_in_its_card(run, arguments, tmp_path):
     status, out, err = run('cb_train.py', *arguments, '--contexts=own,nothing,benign', '--loss_on=harmful_response', '--max_steps=12')
     assert status == 0, err
