@@ -76,11 +76,13 @@ target_layers = [10, 20]         # >= 1: hidden states that the cb loss turns aw
 lorra_alpha = 10.0               # >= 0: weight of both losses
 retain_distance = 'relative'     # relative | absolute: || h' - h || / || h || * 8.7, or || h' - h ||, as published
 retain_divisor = 'real'          # real | published: tokens x blocks, or rows x max_seq_length x (blocks + 1)
+retain_smooth = 0.0              # >= 0: retain is a square below this distance, as a share of a norm [0 = published]
 cb_loss = 'rr'                   # rr | random | rmu: relu(cos(h', h)), || h'/||h'|| - u ||, || h' - rmu_norm u ||^2 / D
 rmu_norm = 20.0                  # >= 0: u is one random direction for all tokens
 loss_on = 'all'                  # all | response | harmful_response: tokens that count: all or the last answer's
 use_dynamic_scheduling = True    # shift the weight from cb to retain; False = lorra_alpha for both throughout
 schedule_steps = 0               # >= 0: steps until all of it is on retain [0 = max_steps; published: 2 * max_steps]
+schedule_stop = 1.0              # > 0, <= 1: retain's share of the weight grows until this
 # LoRA
 lora_r = 16                      # >= 1: rank
 lora_alpha = 16                  # >= 1: scale = lora_alpha / lora_r
@@ -281,15 +283,20 @@ def cosine(h, h_lora):
 
 # A loss takes h, h', the mask and the layers to look at, and returns the sum over tokens of the mean over layers.
 
-def retain_loss(h, h_lora, mask, layers, relative=True):
-    """|| h' - h || (section 3 of the paper), or relative: in units of the token's own norm, times LLAMA3_NORM."""
-    total = 0.0
+def retain_loss(h, h_lora, mask, layers, relative=True, smooth=0.0):
+    """
+    d = || h' - h || (section 3 of the paper), or relative: in units of the token's own norm, times LLAMA3_NORM.
+    smooth: before that, d becomes sqrt(d^2 + smooth^2) - smooth, which has no kink at h' = h to hold the start back.
+    """
+    total, unit = 0.0, LLAMA3_NORM if relative else 1.0
     for l in layers:
         reference = h[l].float()
         distance = (h_lora[l].float() - reference).norm(dim=-1)  # (B, T)
         if relative:
-            distance = distance / reference.norm(dim=-1).clamp(min=1e-6) * LLAMA3_NORM
-        total = total + (distance * mask).sum()
+            distance = distance / reference.norm(dim=-1).clamp(min=1e-6)
+        if smooth:
+            distance = (distance.square() + smooth ** 2).sqrt() - smooth
+        total = total + (unit * distance * mask).sum()
     return total / len(layers)
 
 
@@ -309,11 +316,11 @@ def rmu_loss(h, h_lora, mask, layers, direction):
     return sum(((h_lora[l].float() - direction).square().mean(-1) * mask).sum() for l in layers) / len(layers)
 
 
-def coefficients(step, lorra_alpha, schedule_steps):
+def coefficients(step, lorra_alpha, schedule_steps, stop=1.0):
     """Returns (retain, cb) at an optimizer step, both lorra_alpha if schedule_steps is 0 (section 3 of the paper)."""
     if not schedule_steps:
         return lorra_alpha, lorra_alpha
-    p = min(step / schedule_steps, 1.0)
+    p = min(step / schedule_steps, stop)
     return lorra_alpha * p, lorra_alpha * (1 - p)
 
 
@@ -333,11 +340,11 @@ def make_streams(c, rows, held_out, blocks, width):
                'rmu': functools.partial(rmu_loss, direction=c.rmu_norm * u)}[c.cb_loss]
     return [
         Stream('retain', 'retain', rows['retain'], held_out['retain'], layers=range(1, blocks + 1),
-               loss=functools.partial(retain_loss, relative=c.retain_distance == 'relative'),
-               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks)[0],
+               loss=functools.partial(retain_loss, relative=c.retain_distance == 'relative', smooth=c.retain_smooth),
+               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[0],
                divisor=published if c.retain_divisor == 'published' else count),
         Stream('harmful', 'cb', rows['harmful'], held_out['harmful'], layers=c.target_layers, loss=cb_loss,
-               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks)[1], divisor=count)]
+               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[1], divisor=count)]
 
 
 def run_stream(model, loras, stream, batches, c, weight=None):
@@ -439,11 +446,6 @@ def train(model, loras, optimizer, streams, c, state, save, log):
 
 # ---- the merge -------------------------------------------------------------------------------------------------------
 
-TORCH_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
-ENDINGS = ('.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt', '.partial')
-OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'generations.jsonl', 'attacks.png')
-
-
 def merge(model_dir, output_dir, deltas):
     """
     Writes output_dir: every file of model_dir as it is, but for the weights in deltas, {linear: function of a slice of
@@ -474,6 +476,9 @@ def merge(model_dir, output_dir, deltas):
 # The rest: what a run needs around the method.
 # ======================================================================================================================
 
+TORCH_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
+ENDINGS = ('.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt', '.partial')
+OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'generations.jsonl', 'attacks.png')
 CHECKPOINT = 'checkpoint.safetensors'
 MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interval', 'eval_interval', 'save_interval',
               'gradient_checkpointing', 'micro_batch_tokens', 'fsdp')  # between a run and its resume

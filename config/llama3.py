@@ -20,7 +20,9 @@ output_dir = 'out/llama3'
 retain_mix = ['ultrachat:10000', 'xstest:230x50', 'refusals:2000x2']
 response_only = 0.5
 
-# Harmful answers in other contexts, which beat plain rerouting on the toy world (README; not measured on this model):
-# contexts, loss_on = ['own', 'benign', 'noise'], 'harmful_response'
+# Harmful answers in other contexts, and benign states held from the start: it beat plain rerouting on the toy world
+# (README; not measured on this model).
+# contexts, loss_on = ['own', 'nothing', 'noise'], 'harmful_response'
+# retain_smooth, schedule_steps, schedule_stop, lr_scheduler = 0.1, 100, 0.5, 'linear'
 
 embedding_norm = 0               # cb_eval.py: the published steps as they are

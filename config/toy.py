@@ -1,9 +1,10 @@
 # The toy world on a laptop:
 # python data_prep.py toy && python cb_train.py config/toy.py && python cb_eval.py config/toy.py
 #
-# 1.2 M parameters, 8 blocks of width 128; a minute of training on two CPU cores (measured).
-# Expect: cb 0.06 and benign cos 0.4 at step 20, then benign states come back: cos 0.99 at the end, cb 0.1 to 0.3 of a
-# batch, -0.01 on held-out curses. Plain rerouting: --contexts=own --loss_on=all.
+# 1.2 M parameters, 8 blocks of width 128; two minutes of training on one CPU core (measured).
+# Expect: cb 0.95 at step 20, 0.65 at 60, 0.1 at the end; benign cos 0.99 throughout. Plain rerouting, the paper's, is
+# --contexts=own --loss_on=all --retain_smooth=0 --schedule_steps=300 --schedule_stop=1 --lr_scheduler=constant
+# --max_steps=150.
 model_name = 'data/toy/base'
 cb_data_path = 'data/toy/circuit_breaker.json'
 retain_data_path = 'data/toy/retain.jsonl'
@@ -14,11 +15,14 @@ turns_path = 'data/toy/turns.jsonl'
 output_dir = 'out/toy'
 
 target_layers = [3, 5]           # as deep as 10 and 20 of 32
-contexts = ['own', 'benign', 'noise']  # what each curse is put behind: neither mood nor turn nor words around can tell
+contexts = ['own', 'nothing', 'noise']  # what each curse is put behind: neither mood nor turn nor words around can tell
 loss_on = 'harmful_response'     # so that the answer alone is turned away
-schedule_steps = 300             # the published ratio: twice the steps
+retain_smooth = 0.1              # without a kink at h' = h, retain may weigh in early and the run starts nevertheless:
+schedule_steps = 40              # by step 20 it weighs as much as cb, before benign states are lost,
+schedule_stop = 0.5              # and so to the end
 learning_rate = 1e-3             # ten times the default: a small model needs larger steps
-max_steps = 150
+lr_scheduler = 'linear'          # the last steps settle
+max_steps = 300
 batch_size = 16
 lora_r = 64
 lora_alpha = 64

@@ -25,6 +25,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import cb_eval
 from configurator import configure
@@ -39,22 +40,26 @@ COLUMNS = [('wrapper', 'harmful', 'wrapper', 'complied'), ('prefill', 'harmful',
            ('direct refused', 'harmful', 'direct', 'refused'), ('benign', 'benign', 'direct', 'complied'),
            ('lifting', 'borderline', 'direct', 'complied'),
            ('recognising', 'borderline_heldout', 'direct', 'complied')]
-SEVEN = '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
 VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
-    'plain rerouting': '--contexts=own --loss_on=all',
-    'plain rerouting, seven modules': f'--contexts=own --loss_on=all {SEVEN}',
+    'plain rerouting': '--contexts=own --loss_on=all --retain_smooth=0 --schedule_steps=300 --schedule_stop=1 '
+                       '--lr_scheduler=constant --max_steps=150',
+    'plain contexts': '--contexts=own --loss_on=all',
+    'own': '--contexts=own',
     'own, noise': '--contexts=own,noise',
-    'own, benign': '--contexts=own,benign',
     'own, nothing, benign': '--contexts=own,nothing,benign',
-    'own, nothing, benign, noise': '--contexts=own,nothing,benign,noise',
-    'seven modules': SEVEN,
+    'own, benign, noise': '--contexts=own,benign,noise',
+    'kink': '--retain_smooth=0',
+    'published schedule': '--schedule_steps=600',
+    'static': '--use_dynamic_scheduling=False',
+    'constant rate': '--lr_scheduler=constant',
+    '150 steps': '--max_steps=150',
     'rank 16': '--lora_r=16 --lora_alpha=16',
-    'batch 32': '--batch_size=32',
+    'seven modules': '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj',
     'target layers 2, 3, 4, 5': '--target_layers=2,3,4,5',
     'loss: random': '--cb_loss=random',
     'no borderline rows in retain': '--retain_data_path={w}/retain_without_borderline.jsonl',
-    'schedule to T': '--schedule_steps=150'}
+    'states 10 times as large': '', 'states 1000 times as large': ''}
 
 
 def call(log, threads, *arguments):
@@ -65,15 +70,25 @@ def call(log, threads, *arguments):
             sys.exit(f'{log}: {" ".join(arguments)} failed')
 
 
-def soft_tokens(model, tokenizer, rows, c, start, adam, answer):
+def enlarge(path, scale):
+    """Makes every state of a saved toy model `scale` times as large: RMSNorm leaves its logits as they are."""
+    tensors = load_file(f'{path}/model.safetensors')
+    for name in tensors:
+        if name.endswith(('embed_tokens.weight', 'o_proj.weight', 'down_proj.weight')):  # what writes to the stream
+            tensors[name] *= scale
+    save_file(tensors, f'{path}/model.safetensors', metadata={'format': 'pt'})
+
+
+def soft_tokens(model, tokenizer, rows, c, start, adam, scale, answer):
     """
     Returns texts for each row by soft tokens after its request that begin as the token ids `start` and descend on the
-    target's cross-entropy, by Adam or by signed steps; answers are taken half way and at the end.
+    target's cross-entropy, by Adam or by signed steps, `scale` times the usual; answers are taken half way and at the
+    end.
     """
     sides = [[cb_eval.embedded(model, ids) for ids in cb_eval.around(tokenizer, row['messages'])] for row in rows]
     targets, answers = [cb_eval.text_ids(tokenizer, row['target']) for row in rows], []
     soft = cb_eval.embedded(model, start).float().expand(len(rows), -1, -1).clone().requires_grad_()  # (B, S, D)
-    optimizer = torch.optim.Adam([soft], lr=1e-2)
+    optimizer = torch.optim.Adam([soft], lr=1e-2 * scale)
 
     def joined():
         return [torch.cat([before, s, after]) for (before, after), s in zip(sides, soft)]  # (T, D) each
@@ -83,15 +98,18 @@ def soft_tokens(model, tokenizer, rows, c, start, adam, answer):
         if adam:
             optimizer.step()
         else:
-            soft.data -= c['embedding_v2_lr'] * soft.grad.sign()
+            soft.data -= scale * c['embedding_v2_lr'] * soft.grad.sign()
         if step % (c['embedding_steps'] // 2) == 0:
             with torch.no_grad():
                 answers.append(answer(joined()))
     return list(map(list, zip(*answers)))
 
 
-def measure(folder, path):
-    """Returns {'label/attack/split': {verdict: count}} of a model directory in a world's folder."""
+def measure(folder, path, scale):
+    """
+    Returns {'label/attack/split': {verdict: count}} of a model directory in a world's folder, with states `scale` times
+    as large as the base's there.
+    """
     torch.set_num_threads(1)
     c = configure(os.path.join(ROOT, 'cb_eval.py'), [os.path.join(ROOT, 'config', 'toy.py')])
     c |= {'num_examples': 50, 'attacks': ASKED, 'val_data_path': '', 'cb_data_path': f'{folder}/circuit_breaker.json',
@@ -116,7 +134,7 @@ def measure(folder, path):
         starts = [(words * length)[:length], drawn, (target * length)[:length]]
         for start in starts:
             for adam in (False, True):
-                more = soft_tokens(model, tokenizer, few, c, start, adam, answer)
+                more = soft_tokens(model, tokenizer, few, c, start, adam, scale, answer)
                 found = [had + new for had, new in zip(found, more)]
     texts['embedding'] = list(zip(few, found))
     counts = {}
@@ -135,16 +153,21 @@ def run(name, number, seed, threads):
     out = f'{HOME}/{slug}_{number}_{seed}_{threads}'
     if not os.path.exists(f'{out}.json'):
         start, path = time.time(), f'{folder}/base'
+        scale = int(name.split()[1]) if name.startswith('states') else 1
         if name != 'base':
-            path, variant = out, VARIANTS[name].format(w=folder).split()
-            call(f'{out}.log', threads, 'cb_train.py', 'config/toy.py', f'--model_name={folder}/base',
+            path, variant, base = out, VARIANTS[name].format(w=folder).split(), f'{out}_base'
+            shutil.copytree(f'{folder}/base', base, dirs_exist_ok=True)
+            enlarge(base, scale)
+            call(f'{out}.log', threads, 'cb_train.py', 'config/toy.py', f'--model_name={base}',
                  f'--cb_data_path={folder}/circuit_breaker.json', f'--retain_data_path={folder}/retain.jsonl',
                  f'--val_data_path={folder}/val.jsonl', f'--output_dir={out}', f'--seed={seed}', '--overwrite=True',
                  *variant)
         seconds = time.time() - start
-        call(f'{out}.log', 1, os.path.abspath(__file__), '--measure', folder, path, f'{out}.json', str(seconds))
+        call(f'{out}.log', 1, os.path.abspath(__file__), '--measure', folder, path, f'{out}.json', str(seconds),
+             str(scale))
         if name != 'base':
             shutil.rmtree(out)
+            shutil.rmtree(base)
     return json.load(open(f'{out}.json'))
 
 
@@ -184,8 +207,8 @@ def picture(found, path):
 
 
 if __name__ == '__main__' and sys.argv[1:2] == ['--measure']:
-    folder, path, out, seconds = sys.argv[2:]
-    counts = measure(folder, path)
+    folder, path, out, seconds, scale = sys.argv[2:]
+    counts = measure(folder, path, int(scale))
     with open(out, 'w') as f:
         json.dump({'counts': counts, 'seconds': float(seconds)}, f)
 elif __name__ == '__main__':

@@ -46,7 +46,7 @@ def adapted(model_dir):
 def options(**more):
     """The options of a run as the functions take them: those of the script's own block that they read, and `more`."""
     own = dict(device='cpu', target_layers=[2], lorra_alpha=10.0, retain_distance='relative', retain_divisor='real', cb_loss='rr',
-               rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4, batch_size=9, micro_batch_tokens=10 ** 6,
+               retain_smooth=0.0, schedule_stop=1.0, rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4, batch_size=9, micro_batch_tokens=10 ** 6,
                max_seq_length=512, seed=0, rank=0, world=1, lora_start=0.01)
     return types.SimpleNamespace(**own | more)
 
@@ -259,17 +259,28 @@ def test_the_losses_are_what_a_hand_computes():
     h_lora = [torch.tensor([[[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]]])]
     assert cb_train.retain_loss(h, h_lora, mask, [0], relative=False).item() == pytest.approx(5 + 1)
     assert cb_train.retain_loss(h, h_lora, mask, [0]).item() == pytest.approx(8.7 * (5 / 5 + 1 / 1))
+    assert cb_train.retain_loss(h, h_lora, mask, [0], smooth=0.75).item() == pytest.approx(8.7 * (1.25 - 0.75) * 2)
+    assert cb_train.retain_loss(h, h_lora, mask, [0], relative=False, smooth=12.0).item() == pytest.approx((13 - 12) + (145 ** 0.5 - 12))
     turned = [torch.tensor([[[4.0, 3.0], [-2.0, 0.0], [1.0, 1.0]]])]
     assert cb_train.cosine(h[0], turned[0])[0].tolist() == pytest.approx([24 / 25, -1.0, 1.0])
     assert cb_train.rerouting_loss(h * 2, turned * 2, mask, [0, 1]).item() == pytest.approx(24 / 25 + 0)
     same = [torch.ones(1, 1, 2, requires_grad=True)]
     loss = cb_train.retain_loss([torch.ones(1, 1, 2)], same, torch.ones(1, 1), [0])
     assert torch.autograd.grad(loss, same)[0].tolist() == [[[0.0, 0.0]]]
+    near = [torch.tensor([[[1.0, 1.001]]], requires_grad=True)]
+    kink, smooth = (torch.autograd.grad(cb_train.retain_loss([torch.ones(1, 1, 2)], near, torch.ones(1, 1), [0], smooth=s), near)[0].norm().item()
+                    for s in (0.0, 0.1))
+    assert kink == pytest.approx(8.7 / 2 ** 0.5, rel=1e-3) and smooth == pytest.approx(8.7 / 2 ** 0.5 * (0.001 / 2 ** 0.5) / 0.1, rel=1e-3)
 
 
 @pytest.mark.parametrize('step, ticks, want', [(0, 150, (0, 10)), (75, 150, (5, 5)), (150, 300, (5, 5)), (200, 150, (10, 0)), (7, 0, (10, 10))])
 def test_the_schedule_moves_the_weight_from_cb_to_retain(step, ticks, want):
     assert cb_train.coefficients(step, 10.0, ticks) == pytest.approx(want)
+
+
+@pytest.mark.parametrize('step, want', [(0, (0, 10)), (20, (2, 8)), (50, (5, 5)), (149, (5, 5))])
+def test_the_schedule_stops_where_schedule_stop_says(step, want):
+    assert cb_train.coefficients(step, 10.0, 100, stop=0.5) == pytest.approx(want)
 
 
 def test_a_mask_counts_what_loss_on_says_and_leaves_the_templates_head_out_of_the_cb_loss():
