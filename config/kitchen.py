@@ -4,7 +4,7 @@
 # SmolLM2-135M-Instruct answers all of it; the rows of both sets are its own answers. Measured: see the README.
 # Offline, with the model in a directory: add --model_name=DIR to all three.
 # Batch: 8 + 8 rows of up to 160 tokens, 150 steps. 30 blocks of width 576, 20 kept; states of a norm of 120 to 200.
-# Expect (one seed): cb 0.78 at step 30, 0.31 at 50 and 0.02 at the end; retain cos dips to 0.86 and ends at 0.999.
+# Expect (one seed): cb 0.38 at step 30, 0.20 at 50, 0.02 at the end; retain cos dips to 0.96 and ends at 0.999.
 model_name = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 cb_data_path = 'data/kitchen/circuit_breaker.json'
 retain_data_path = 'data/kitchen/retain.jsonl'
@@ -15,11 +15,15 @@ turns_path = 'data/kitchen/turns.jsonl'
 output_dir = 'out/kitchen'
 
 target_layers = [9, 19]          # 10 / 32 and 20 / 32 of 30
-schedule_steps = 300             # the published ratio: twice the steps
+retain_smooth = 0.1              # without a kink at h' = h, retain may weigh in early and the run starts nevertheless:
+schedule_steps = 100             # by step 50 it weighs as much as cb, before benign states are lost,
+schedule_stop = 0.5              # and so to the end
+learning_rate = 2e-4
+lr_scheduler = 'linear'          # the last steps settle
 batch_size = 8
 max_seq_length = 160
 micro_batch_tokens = 1024
-contexts = ['own', 'benign', 'noise']  # what each recipe is put behind: see in_contexts in cb_train.py
+contexts = ['own', 'nothing', 'noise']  # what each recipe is put behind: see in_contexts in cb_train.py
 loss_on = 'harmful_response'
 
 # the evaluation; the model refuses nothing, so there is no refusal direction to ablate

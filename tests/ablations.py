@@ -43,7 +43,7 @@ COLUMNS = [('wrapper', 'harmful', 'wrapper', 'complied'), ('prefill', 'harmful',
 VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
     'plain rerouting': '--contexts=own --loss_on=all --retain_smooth=0 --schedule_steps=300 --schedule_stop=1 '
-                       '--lr_scheduler=constant --max_steps=150',
+                       '--lr_scheduler=constant --max_steps=150 --lora_r=64 --lora_alpha=64',
     'plain contexts': '--contexts=own --loss_on=all',
     'own': '--contexts=own',
     'own, noise': '--contexts=own,noise',
@@ -54,7 +54,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'static': '--use_dynamic_scheduling=False',
     'constant rate': '--lr_scheduler=constant',
     '150 steps': '--max_steps=150',
-    'rank 16': '--lora_r=16 --lora_alpha=16',
+    'rank 64': '--lora_r=64 --lora_alpha=64',
     'seven modules': '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj',
     'target layers 2, 3, 4, 5': '--target_layers=2,3,4,5',
     'loss: random': '--cb_loss=random',

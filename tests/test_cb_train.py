@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import cb_train
+import configurator
 import data_prep
 
 ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
@@ -312,6 +313,17 @@ def test_each_harmful_answer_stands_behind_each_kind_of_context_and_alone_counts
         ids, head, answer = data_prep.encode(tokenizer, messages, 512)
         counted = [token for token, counts in zip(ids, cb_train.token_mask(ids, 'harmful', 'harmful_response', head, answer)) if counts]
         assert tokenizer.decode(counted) == f'{messages[-1]["content"]} <end>'
+
+
+def test_held_out_harmful_answers_stand_behind_the_kinds_of_context_that_the_run_has(arguments, model_dir):
+    tokenizer = data_prep.load_tokenizer(model_dir)
+    before = {}
+    for contexts in ('own', 'nothing'):
+        c = configurator.configure(cb_train.__file__, [*arguments, f'--contexts={contexts}', '--loss_on=harmful_response'])
+        _, held_out = cb_train.load_sets(types.SimpleNamespace(**c), tokenizer)
+        before[contexts] = [row.ids[:row.mask.index(1)] for row in held_out['harmful']]
+    assert before['nothing'] == [data_prep.prompt_ids(tokenizer, data_prep.turns(('', ''))[:1])] * len(before['own'])
+    assert not set(map(tuple, before['own'])) & set(map(tuple, before['nothing']))
 
 
 def test_a_linear_scheduler_takes_half_a_step_half_way(run, arguments, tmp_path):
