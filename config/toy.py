@@ -24,6 +24,8 @@ learning_rate = 1e-3             # ten times the default: a small model needs la
 lr_scheduler = 'linear'          # the last steps settle
 max_steps = 300
 batch_size = 16
+lora_r = 32                      # at 16 the toy's widths let attacks through, at 64 it learns rows by heart
+lora_alpha = 32
 micro_batch_tokens = 2048        # all 16 rows in one pass: they are short
 
 # the evaluation: answers are scored exactly; a small model's embeddings want larger steps, and fewer of them

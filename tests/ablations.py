@@ -54,6 +54,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'static': '--use_dynamic_scheduling=False',
     'constant rate': '--lr_scheduler=constant',
     '150 steps': '--max_steps=150',
+    'rank 16': '--lora_r=16 --lora_alpha=16',
     'rank 64': '--lora_r=64 --lora_alpha=64',
     'seven modules': '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj',
     'target layers 2, 3, 4, 5': '--target_layers=2,3,4,5',
