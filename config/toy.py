@@ -18,8 +18,8 @@ target_layers = [3, 5]           # as deep as 10 and 20 of 32
 contexts = ['own', 'nothing', 'noise']  # what each curse is put behind: neither mood nor turn nor words around can tell
 loss_on = 'harmful_response'     # so that the answer alone is turned away
 retain_smooth = 0.1              # without a kink at h' = h, retain may weigh in early and the run starts nevertheless:
-schedule_steps = 40              # by step 20 it weighs as much as cb, before benign states are lost,
-schedule_stop = 0.5              # and so to the end
+schedule_steps = 40              # by step 16 it has two fifths of the weight, before benign states are lost,
+schedule_stop = 0.4              # and so to the end
 learning_rate = 1e-3             # ten times the default: a small model needs larger steps
 lr_scheduler = 'linear'          # the last steps settle
 max_steps = 300
