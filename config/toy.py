@@ -2,7 +2,7 @@
 # python data_prep.py toy && python cb_train.py config/toy.py && python cb_eval.py config/toy.py
 #
 # 1.2 M parameters, 8 blocks of width 128; two minutes of training on one CPU core (measured).
-# Expect: cb 0.95 at step 20, 0.65 at 60, 0.1 at the end; benign cos 0.99 throughout. Plain rerouting, the paper's, is
+# Expect: cb 0.98 at step 20, 0.58 at 60, 0.05 at 210; benign cos at least 0.97 throughout. Plain rerouting is
 # --contexts=own --loss_on=all --retain_smooth=0 --schedule_steps=300 --schedule_stop=1 --lr_scheduler=constant
 # --max_steps=150.
 model_name = 'data/toy/base'
