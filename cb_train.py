@@ -3,13 +3,14 @@ Circuit breakers (Representation Rerouting, arXiv 2406.04313): LoRA training tha
 states on harmful text away from where they were and holds its states on everything else in place; merged into the
 weights at the end.
 
-    h = hidden states of the frozen model, h' = of the same model with LoRA, p = step / schedule_steps
+    h = hidden states of the frozen model, h' = of the same model with LoRA
+    p = step / schedule_steps, at most schedule_stop
 
     retain = mean over retain tokens, and over the states after each kept block, of LLAMA3_NORM || h' - h || / || h ||
     cb     = mean over harmful tokens, and over target_layers, of relu(cos(h', h))
     loss   = lorra_alpha * p * retain + lorra_alpha * (1 - p) * cb
 
-    python cb_train.py config/toy.py                            # a laptop, a minute, after: python data_prep.py toy
+    python cb_train.py config/toy.py                            # a laptop, two minutes, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150         # a GPU
     torchrun --nproc_per_node=8 cb_train.py config/llama3.py    # 8 GPUs: each computes its share of every step's rows
     python cb_train.py config/llama3.py --resume=True           # after a crash or Ctrl-C
@@ -833,8 +834,9 @@ def model_card(c, rows, record):
     made = f'Trained on {numbers}: {record.get("verdict")}.'
     if c.merge_only:
         made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
-    recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'cb_loss', 'loss_on', 'contexts', 'schedule_steps',
-              'max_steps', 'lora_r', 'target_modules', 'batch_size', 'learning_rate', 'seed')
+    recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'retain_smooth', 'cb_loss', 'loss_on', 'contexts',
+              'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r', 'target_modules', 'batch_size',
+              'learning_rate', 'lr_scheduler', 'seed')
     return '\n'.join([
         '---', *([f'base_model: {c.model_name}'] if hub_id else []), 'library_name: transformers',
         'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(c.output_dir)}', '',
