@@ -4,7 +4,7 @@
 # 1.2 M parameters, 8 blocks of width 128; two minutes of training on one CPU core (measured).
 # Expect: cb 0.98 at step 20, 0.58 at 60, 0.05 at 210; benign cos at least 0.97 throughout. Plain rerouting is
 # --contexts=own --loss_on=all --retain_smooth=0 --schedule_steps=300 --schedule_stop=1 --lr_scheduler=constant
-# --max_steps=150.
+# --max_steps=150 --lora_r=64 --lora_alpha=64.
 model_name = 'data/toy/base'
 cb_data_path = 'data/toy/circuit_breaker.json'
 retain_data_path = 'data/toy/retain.jsonl'

@@ -40,6 +40,7 @@ COLUMNS = [('wrapper', 'harmful', 'wrapper', 'complied'), ('prefill', 'harmful',
            ('direct refused', 'harmful', 'direct', 'refused'), ('benign', 'benign', 'direct', 'complied'),
            ('lifting', 'borderline', 'direct', 'complied'),
            ('recognising', 'borderline_heldout', 'direct', 'complied')]
+SCALES = {'states 10 times as large': 10, 'states 1000 times as large': 1000}  # of config/toy.py, in its units
 VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
     'plain rerouting': '--contexts=own --loss_on=all --retain_smooth=0 --schedule_steps=300 --schedule_stop=1 '
@@ -62,7 +63,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'target layers 2, 3, 4, 5': '--target_layers=2,3,4,5',
     'loss: random': '--cb_loss=random',
     'no borderline rows in retain': '--retain_data_path={w}/retain_without_borderline.jsonl',
-    'states 10 times as large': '', 'states 1000 times as large': ''}
+    **dict.fromkeys(SCALES, '')}
 
 
 def call(log, threads, *arguments):
@@ -74,7 +75,7 @@ def call(log, threads, *arguments):
 
 
 def enlarge(path, scale):
-    """Makes every state of a saved toy model `scale` times as large: RMSNorm leaves its logits as they are."""
+    """Makes every state of a saved toy model `scale` times as large: but for RMSNorm's epsilon, its logits stay."""
     tensors = load_file(f'{path}/model.safetensors')
     for name in tensors:
         if name.endswith(('embed_tokens.weight', 'o_proj.weight', 'down_proj.weight')):  # what writes to the stream
@@ -156,11 +157,12 @@ def run(name, number, seed, threads):
     out = f'{HOME}/{slug}_{number}_{seed}_{threads}'
     if not os.path.exists(f'{out}.json'):
         start, path = time.time(), f'{folder}/base'
-        scale = int(name.split()[1]) if name.startswith('states') else 1
-        if name != 'base':
-            path, variant, base = out, VARIANTS[name].format(w=folder).split(), f'{out}_base'
-            shutil.copytree(f'{folder}/base', base, dirs_exist_ok=True)
+        base, scale = f'{folder}/base', SCALES.get(name, 1)
+        if name in SCALES:
+            base = shutil.copytree(base, f'{out}_base', dirs_exist_ok=True)
             enlarge(base, scale)
+        if name != 'base':
+            path, variant = out, VARIANTS[name].format(w=folder).split()
             call(f'{out}.log', threads, 'cb_train.py', 'config/toy.py', f'--model_name={base}',
                  f'--cb_data_path={folder}/circuit_breaker.json', f'--retain_data_path={folder}/retain.jsonl',
                  f'--val_data_path={folder}/val.jsonl', f'--output_dir={out}', f'--seed={seed}', '--overwrite=True',
@@ -170,6 +172,7 @@ def run(name, number, seed, threads):
              str(scale))
         if name != 'base':
             shutil.rmtree(out)
+        if name in SCALES:
             shutil.rmtree(base)
     return json.load(open(f'{out}.json'))
 

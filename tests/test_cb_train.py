@@ -47,7 +47,8 @@ def adapted(model_dir):
 def options(**more):
     """The options of a run as the functions take them: those of the script's own block that they read, and `more`."""
     own = dict(device='cpu', target_layers=[2], lorra_alpha=10.0, retain_distance='relative', retain_divisor='real', cb_loss='rr',
-               retain_smooth=0.0, schedule_stop=1.0, rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4, batch_size=9, micro_batch_tokens=10 ** 6,
+               retain_smooth=0.0, schedule_stop=1.0, rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4,
+               batch_size=9, micro_batch_tokens=10 ** 6,
                max_seq_length=512, seed=0, rank=0, world=1, lora_start=0.01)
     return types.SimpleNamespace(**own | more)
 
