@@ -10,6 +10,8 @@ weights at the end.
     cb     = mean over harmful tokens, and over target_layers, of relu(cos(h', h))
     loss   = lorra_alpha * p * retain + lorra_alpha * (1 - p) * cb
 
+With soft_contexts, h' of some harmful rows is computed behind embeddings that an adversary moves up the cb loss.
+
     python cb_train.py config/toy.py                            # a laptop, two minutes, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150         # a GPU
     torchrun --nproc_per_node=8 cb_train.py config/llama3.py    # 8 GPUs: each computes its share of every step's rows
@@ -61,8 +63,9 @@ from transformers import AutoConfig, AutoModel
 
 from configurator import (catch_signals, check_output, configure, fail, fault, last_word, locked, publish,
                           stop_at_signals, write_json)
-from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, choose_device, decoder_config, encode, find_model, labelled,
-                       load_rows, load_tokenizer, messages_of, rows_of_run, tensor_headers, turns, weight_files)
+from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, choose_device, decoder_config, encode, find_model, in_contexts,
+                       labelled, load_rows, load_tokenizer, messages_of, rows_of_run, scrambled_rows, tensor_headers,
+                       weight_files)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model
@@ -103,7 +106,11 @@ weight_decay = 0.0               # >= 0
 max_grad_norm = 1.0              # > 0: the gradient is clipped to this norm
 # data: a .json, .jsonl, .csv, .tsv or .parquet file, a folder of such or a hub id; data_prep.py check FILE reads one
 cb_data_path = 'data/circuit_breakers_train.json'  # harmful rows
-contexts = ['own']               # own | nothing | benign | noise: requests that each harmful answer is put behind
+contexts = ['own']               # own | nothing | noise: requests that each harmful answer is put behind
+soft_contexts = 0.0              # >= 0, <= 1: share of the harmful rows whose context an adversary moves
+soft_steps = 10                  # >= 1: steps of the adversary until it starts anew
+soft_lr = 0.25                   # > 0: its step, in units of the embeddings' root mean square
+scrambled = 0.0                  # >= 0: more retain rows, as a share of them: harmful answers' words in random order
 retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows
 val_data_path = ''               # held-out rows with a "label", harmful or benign ['' = a tenth of both sets]
 num_retain_examples = 10000      # >= 1: at most so many rows, drawn with the seed
@@ -186,7 +193,8 @@ def adapter_off(loras):
 
 # ---- rows and masks --------------------------------------------------------------------------------------------------
 
-Row = collections.namedtuple('Row', 'ids mask where')  # token ids (T,), which of them count (T,), 'FILE: row N'
+# Token ids (T,), which of them count (T,), 'FILE: row N', which of the adversary's vectors its context gets.
+Row = collections.namedtuple('Row', 'ids mask where slot', defaults=[None])
 PHANTOM = Row([0], [0], '')  # what a rank computes that has no row left
 
 
@@ -200,23 +208,6 @@ def token_mask(ids, stream, loss_on, head, answer):
     if loss_on == 'response' or (loss_on == 'harmful_response' and stream == 'harmful'):
         first = answer
     return [int(i >= first) for i in range(len(ids))]
-
-
-def in_contexts(harmful, benign, contexts, rng):
-    """
-    Returns each harmful answer behind every kind of context: its 'own' request, 'nothing', a drawn 'benign' one or
-    'noise', its own amid 0 to 8 + 8 words of benign rows: no mood, turn or word around tells. All: [(where, messages)].
-    """
-    found = []
-    for where, (*request, answer) in harmful:
-        drawn = [rng.choice(benign)[1] for _ in range(20)]
-        words = ' '.join(message['content'] for messages in drawn for message in messages).split()
-        first, last = (' '.join(rng.choices(words, k=rng.randrange(9))) for _ in range(2))
-        noise = f'{first} {request[-1]["content"]} {last}'.strip()
-        behind = {'own': [*request, answer], 'nothing': turns(('', answer['content'])),
-                  'benign': [*drawn[0][:-1], answer], 'noise': turns((noise, answer['content']))}
-        found += [(where, behind[context]) for context in contexts]
-    return found
 
 
 def count(rows):
@@ -261,19 +252,34 @@ def pad(rows, device):
 LLAMA3_NORM = 8.7  # of Llama-3-8B's states at layers 10 and 20 (the authors' log), where relative weighs as published
 
 
-def hidden_states(model, ids):
+def hidden_states(model, ids, moved=None):
     """
-    Returns the model's L + 1 hidden states, each (B, T, D), for right-padded ids (B, T). A causal model needs no
-    attention mask: a token does not see the pads behind it, and no loss counts a pad.
+    Returns the model's L + 1 hidden states, each (B, T, D), for right-padded ids (B, T), whose embeddings are moved by
+    (B, T, D) if given. A causal model needs no attention mask: a token does not see the pads behind it, and no loss
+    counts a pad.
     """
-    return model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    tokens = {'input_ids': ids}
+    if moved is not None:
+        embeddings = model.get_input_embeddings()(ids)
+        tokens = {'inputs_embeds': (embeddings + moved).to(embeddings.dtype)}
+    return model(**tokens, output_hidden_states=True, use_cache=False).hidden_states
 
 
-def reference_and_adapted(model, loras, ids):
+def reference_and_adapted(model, loras, ids, moved=None):
     """Returns h, without gradient, and h', L + 1 hidden states (B, T, D) each: a stream's two passes over its rows."""
     with torch.no_grad(), adapter_off(loras):
         h = hidden_states(model, ids)
-    return h, hidden_states(model, ids)
+    return h, hidden_states(model, ids, moved)
+
+
+def soft_context(soft, rows, mask):
+    """
+    Returns what the adversary adds to the embeddings of padded Rows, (B, T, D): soft[slot] to what stands before the
+    first token that counts of a row with a slot: the context that undoes the rerouting best, as attacks look for one.
+    """
+    before = (mask.cumsum(1) == 0).unsqueeze(-1)  # (B, T, 1)
+    moved = [torch.zeros_like(soft[0]) if row.slot is None else soft[row.slot] for row in rows]
+    return torch.stack(moved)[:, :mask.shape[1]] * before
 
 
 def cosine(h, h_lora):
@@ -328,11 +334,12 @@ def coefficients(step, lorra_alpha, schedule_steps, stop=1.0):
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 # What is done with a set of rows: its name, and that of its figures in the log; its Rows, those held out; the loss, the
-# layers it looks at; coefficient(step); divisor(rows), by which the loss's sum is divided.
-Stream = collections.namedtuple('Stream', 'name prefix rows held_out loss layers coefficient divisor')
+# layers it looks at; coefficient(step); divisor(rows), by which the loss's sum is divided; an adversary's vectors.
+Stream = collections.namedtuple('Stream', 'name prefix rows held_out loss layers coefficient divisor soft',
+                                defaults=[None])
 
 
-def make_streams(c, rows, held_out, blocks, width):
+def make_streams(c, rows, held_out, blocks, width, soft=None):
     """Returns the streams of a run; c: the options; rows, held_out: {name: [Row]}. A THIRD STREAM IS A THIRD ENTRY."""
     ticks = (c.schedule_steps or c.max_steps) if c.use_dynamic_scheduling else 0
     published = lambda rows: len(rows) * c.max_seq_length * (blocks + 1) / blocks  # pads and the embedding, as zeros
@@ -345,7 +352,8 @@ def make_streams(c, rows, held_out, blocks, width):
                coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[0],
                divisor=published if c.retain_divisor == 'published' else count),
         Stream('harmful', 'cb', rows['harmful'], held_out['harmful'], layers=c.target_layers, loss=cb_loss,
-               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[1], divisor=count)]
+               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[1],
+               divisor=count, soft=soft)]
 
 
 def run_stream(model, loras, stream, batches, c, weight=None):
@@ -356,7 +364,8 @@ def run_stream(model, loras, stream, batches, c, weight=None):
     sums = torch.zeros(2, device=c.device)
     for batch in batches:
         ids, mask = pad(batch, c.device)
-        h, h_lora = reference_and_adapted(model, loras, ids)
+        moved = soft_context(stream.soft, batch, mask) if stream.soft is not None and weight is not None else None
+        h, h_lora = reference_and_adapted(model, loras, ids, moved)
         loss = stream.loss(h, h_lora, mask, stream.layers)
         if weight is not None:
             (weight * loss).backward()
@@ -366,27 +375,14 @@ def run_stream(model, loras, stream, batches, c, weight=None):
     return sums
 
 
-@torch.no_grad()
-def validate(model, loras, streams, c):
-    """Returns {'val_PREFIX_loss', 'val_PREFIX_cos'}: each stream's means over its held-out rows, without dropout."""
-    model.eval()
-    means = {}
-    for stream in streams:
-        sums = summed(run_stream(model, loras, stream, my_batches(stream.held_out, c), c))
-        loss, cos = (sums / count(stream.held_out)).tolist()
-        means |= {f'val_{stream.prefix}_loss': loss, f'val_{stream.prefix}_cos': cos}
-    for lora in loras.values():
-        lora.train()
-    return means
-
-
 def train(model, loras, optimizer, streams, c, state, save, log):
     """
     Trains the LoRA from state['step'] to max_steps. Returns the last step's record, as it stands in the log.
     save(state) keeps a checkpoint; log: an open file. A step's gradients, the sums of its losses and the signals that
     arrived are one buffer, summed over the ranks once. Dropout is a function of seed, rank and step.
     """
-    parameters = optimizer.param_groups[0]['params']
+    trained = optimizer.param_groups[0]['params']
+    parameters = trained + [soft for group in optimizer.param_groups[1:] for soft in group['params']]
     names = [f'{stream.prefix}_{figure}' for stream in streams for figure in ('loss', 'cos')] + ['SIGINT', 'SIGTERM']
     sizes = [p.numel() for p in parameters] + [len(names)]
     buffer = torch.zeros(sum(sizes), device=c.device)
@@ -409,7 +405,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
 
         # the sums over all ranks, the figures of the step, the optimizer
         total = dict(zip(names, summed(buffer)[-len(names):].tolist()))
-        record['grad_norm'] = torch.nn.utils.clip_grad_norm_(parameters, c.max_grad_norm).item()
+        record['grad_norm'] = torch.nn.utils.clip_grad_norm_(trained, c.max_grad_norm).item()
         for stream in streams:
             prefix, tokens, coefficient = stream.prefix, count(rows[stream.name]), stream.coefficient(step)
             loss = total[f'{prefix}_loss'] / stream.divisor(rows[stream.name])
@@ -421,6 +417,9 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         left = 1 - step / c.max_steps if c.lr_scheduler == 'linear' else 1.0
         optimizer.param_groups[0]['lr'] = c.learning_rate * left
         optimizer.step()
+        for soft in parameters[len(trained):]:  # the adversary starts anew, one slot after the other
+            anew = [slot for slot in range(len(soft)) if step % c.soft_steps == slot * c.soft_steps // len(soft)]
+            soft.data[anew] = 0
 
         # the log, a validation pass, the verdict
         last, validated = step == c.max_steps - 1, step % c.eval_interval == 0
@@ -519,6 +518,18 @@ def checkpoint_blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def add_adversary(optimizer, embeddings, rows, c):
+    """
+    Returns soft (slots, T, D), zeros, for the slots of Rows: vectors that the optimizer, by the gradient that the
+    adapted pass has anyway, moves up the loss. Their learning rate is in units of the embeddings' root mean square.
+    """
+    slots, longest = max(row.slot for row in rows if row.slot is not None) + 1, max(len(row.ids) for row in rows)
+    soft = nn.Parameter(torch.zeros(slots, longest, embeddings.shape[1], device=c.device))
+    lr = c.soft_lr * embeddings.float().square().mean().sqrt().item()
+    optimizer.add_param_group({'params': [soft], 'lr': lr, 'weight_decay': 0.0, 'maximize': True})
+    return soft
+
+
 # ---- several ranks ---------------------------------------------------------------------------------------------------
 
 
@@ -563,6 +574,20 @@ def check_step(model, loras, streams, rows, record, state, c):
     state.setdefault('first_cb_loss', record['cb_loss'])
     if record['step'] == c.max_steps // 5 > 0 and record['cb_loss'] > 0.9 * state['first_cb_loss']:
         print(f'warning: by step {record["step"]} the cb loss has not moved a tenth; {TRY}', file=sys.stderr)
+
+
+@torch.no_grad()
+def validate(model, loras, streams, c):
+    """Returns {'val_PREFIX_loss', 'val_PREFIX_cos'}: each stream's means over its held-out rows, without dropout."""
+    model.eval()
+    means = {}
+    for stream in streams:
+        sums = summed(run_stream(model, loras, stream, my_batches(stream.held_out, c), c))
+        loss, cos = (sums / count(stream.held_out)).tolist()
+        means |= {f'val_{stream.prefix}_loss': loss, f'val_{stream.prefix}_cos': cos}
+    for lora in loras.values():
+        lora.train()
+    return means
 
 
 def log_line(record, streams):
@@ -718,27 +743,28 @@ def read_adapter(folder, shapes, c):
 
 # ---- a run that cannot be lost ---------------------------------------------------------------------------------------
 
-def save_checkpoint(path, loras, optimizer, state):
-    """Writes LoRA, AdamW's moments and, in the header, `state` (JSON) as one safetensors file: synced, then renamed."""
+def save_checkpoint(path, parameters, optimizer, state):
+    """
+    Writes {name: parameter}, AdamW's moments and, in the header, `state` (JSON) as one safetensors file: synced, then
+    renamed.
+    """
     tensors = {}
-    for name, lora in loras.items():
-        for part, parameter in lora.named_parameters(recurse=False):
-            tensors[f'{name}.{part}'] = parameter.detach()
-            tensors |= {f'{name}.{part}.{key}': value for key, value in optimizer.state[parameter].items()}
+    for name, parameter in parameters.items():
+        tensors[name] = parameter.detach()
+        tensors |= {f'{name}.{key}': value for key, value in optimizer.state[parameter].items()}
     save_file(tensors, path + '.new', metadata={'state': json.dumps(state)})
     with open(path + '.new', 'rb+') as f:
         os.fsync(f.fileno())
     os.replace(path + '.new', path)
 
 
-def restore(tensors, loras, optimizer):
-    """Puts the tensors of a checkpoint back: LoRA and AdamW's moments."""
-    for name, lora in loras.items():
-        for part, parameter in lora.named_parameters(recurse=False):
-            parameter.data.copy_(tensors[f'{name}.{part}'])
-            for key in ('step', 'exp_avg', 'exp_avg_sq'):
-                if (moment := tensors.get(f'{name}.{part}.{key}')) is not None:
-                    optimizer.state[parameter][key] = moment if key == 'step' else moment.to(parameter.device)
+def restore(tensors, parameters, optimizer):
+    """Puts the tensors of a checkpoint back: {name: parameter} and AdamW's moments."""
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
+        for key in ('step', 'exp_avg', 'exp_avg_sq'):
+            if (moment := tensors.get(f'{name}.{key}')) is not None:
+                optimizer.state[parameter][key] = moment if key == 'step' else moment.to(parameter.device)
 
 
 def read_checkpoint(path):
@@ -772,8 +798,9 @@ def check_options(c):
             fail(f'{name}={getattr(c, name)} found, with one twice, each once wanted')
     if c.num_hidden_layers and max(c.target_layers) > c.num_hidden_layers:
         fail(f'target_layers={c.target_layers} found, but num_hidden_layers keeps {c.num_hidden_layers} blocks')
-    if 'benign' in c.contexts and c.loss_on == 'all':
-        fail(f'contexts={c.contexts} and loss_on=all found, which turns benign requests away; '
+    slots = round(c.soft_contexts * c.batch_size * c.gradient_accumulation_steps)
+    if c.soft_contexts and (c.loss_on == 'all' or not slots):
+        fail(f'soft_contexts={c.soft_contexts}, loss_on={c.loss_on}, {slots} such rows a step found, at least one and '
              'loss_on=harmful_response wanted')
     if len(c.cb_lengths) != 2:
         fail(f'cb_lengths={c.cb_lengths} found, two numbers wanted: of the request and of the answer')
@@ -812,6 +839,9 @@ def load_sets(c, tokenizer):
             held = random.Random(f'{c.seed} val').sample(conversations, min(60, math.ceil(len(conversations) / 10)))
             texts = [messages for _, messages in held]
             conversations = [row for row in conversations if row[1] not in texts] or conversations
+        if name == 'retain' and c.scrambled:
+            number, rng = round(c.scrambled * len(conversations)), random.Random(f'{c.seed} scrambled')
+            conversations = conversations + scrambled_rows(sets['harmful'], conversations, number, rng)
         if name == 'harmful' and c.contexts != ['own']:
             rng = random.Random(f'{c.seed} contexts')
             conversations = in_contexts(conversations, sets['retain'], c.contexts, rng)
@@ -821,9 +851,12 @@ def load_sets(c, tokenizer):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
             return Row(ids, token_mask(ids, name, c.loss_on, head, answer), where)
-        needed = c.max_steps * c.batch_size * c.gradient_accumulation_steps
-        rows[name] = rows_of_run(conversations, needed, f'{c.seed} {name}', to_row, f'{name} rows')
+        rows_a_step = c.batch_size * c.gradient_accumulation_steps
+        rows[name] = rows_of_run(conversations, c.max_steps * rows_a_step, f'{c.seed} {name}', to_row, f'{name} rows')
         held_out[name] = rows_of_run(held, len(held), f'{c.seed} {name}', to_row, held_from)
+    slots = round(c.soft_contexts * rows_a_step)
+    rows['harmful'] = [row._replace(slot=i % rows_a_step if i % rows_a_step < slots else None)
+                       for i, row in enumerate(rows['harmful'])]
     return rows, held_out
 
 
@@ -835,8 +868,8 @@ def model_card(c, rows, record):
     if c.merge_only:
         made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
     recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'retain_smooth', 'cb_loss', 'loss_on', 'contexts',
-              'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r', 'target_modules', 'batch_size',
-              'learning_rate', 'lr_scheduler', 'seed')
+              'soft_contexts', 'scrambled', 'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r', 'target_modules',
+              'batch_size', 'learning_rate', 'lr_scheduler', 'seed')
     return '\n'.join([
         '---', *([f'base_model: {c.model_name}'] if hub_id else []), 'library_name: transformers',
         'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(c.output_dir)}', '',
@@ -924,10 +957,14 @@ if __name__ == '__main__':
         checkpoint_blocks(model)
     if c.fsdp:
         shard(model, c.device)
-    parameters = [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
-    optimizer = torch.optim.AdamW(parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
+    parameters = {f'{name}.{part}': p for name, lora in loras.items()
+                  for part, p in lora.named_parameters(recurse=False)}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=c.learning_rate, weight_decay=c.weight_decay)
+    trainable, soft = sum(p.numel() for p in parameters.values()), None
+    if c.soft_contexts and not c.merge_only:
+        soft = parameters['soft'] = add_adversary(optimizer, model.get_input_embeddings().weight, rows['harmful'], c)
     if tensors:
-        restore(tensors, loras, optimizer)
+        restore(tensors, parameters, optimizer)
     elif adapter:
         for name, lora in loras.items():
             lora.lora_A.data.copy_(adapter[f'{name}.lora_A.weight'])
@@ -947,13 +984,13 @@ if __name__ == '__main__':
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         log = open(os.path.join(partial, 'log.jsonl'), 'a', encoding='utf-8')
         log.truncate(state['log_bytes'])
-        save = functools.partial(save_checkpoint, checkpoint_path, loras, optimizer)
+        save = functools.partial(save_checkpoint, checkpoint_path, parameters, optimizer)
     if not tensors:
         save(state)
     for name, value in config.items():
         print(f'{name} = {value!r}')
     print(f'{world} x {c.device}, {model.dtype}, {model.config._attn_implementation} attention; {blocks} blocks, '
-          f'{len(loras)} LoRAs, {sum(p.numel() for p in parameters):,} trainable parameters')
+          f'{len(loras)} LoRAs, {trainable:,} trainable parameters')
     for name, some in rows.items():
         print(f'{name}: {len({row.where for row in some})} rows are read, {len(held_out[name])} held out; a step has '
               f'{len(some) // c.max_steps} rows and about {count(some) // c.max_steps} tokens that count')
@@ -964,7 +1001,7 @@ if __name__ == '__main__':
     if not c.merge_only:
         for lora in loras.values():
             lora.train()
-        streams = make_streams(c, rows, held_out, blocks, model.config.hidden_size)
+        streams = make_streams(c, rows, held_out, blocks, model.config.hidden_size, soft)
         state['record'] = train(model, loras, optimizer, streams, c, state, save, log)
     stop_at_signals()
     with torch.no_grad():

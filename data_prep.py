@@ -180,6 +180,38 @@ def checked_text(messages):
     return messages
 
 
+def in_contexts(harmful, benign, contexts, rng):
+    """
+    Returns each harmful answer behind every kind of context: its 'own' request, 'nothing' or 'noise', its own amid 0 to
+    8 + 8 words of benign rows, so that no mood, turn or word around an answer tells it. All: [(where, messages)].
+    """
+    found = []
+    for where, (*request, answer) in harmful:
+        drawn = [rng.choice(benign)[1] for _ in range(20)]
+        words = ' '.join(message['content'] for messages in drawn for message in messages).split()
+        first, last = (' '.join(rng.choices(words, k=rng.randrange(9))) for _ in range(2))
+        noise = f'{first} {request[-1]["content"]} {last}'.strip()
+        behind = {'own': [*request, answer], 'nothing': turns(('', answer['content'])),
+                  'noise': turns((noise, answer['content']))}
+        found += [(where, behind[context]) for context in contexts]
+    return found
+
+
+def scrambled_rows(harmful, benign, number, rng):
+    """
+    Returns rows to retain: the words of a harmful answer in random order, by turns behind nothing and behind a benign
+    request, so that what a harmful answer is made of does not tell it. All: [(where, messages)].
+    """
+    found = []
+    for i in range(number):
+        where, messages = rng.choice(harmful)
+        nothing, answer = turns(('', messages[-1]['content']))
+        words = answer['content'].split()
+        answer['content'] = ' '.join(rng.sample(words, len(words)))
+        found.append((where, [*(rng.choice(benign)[1][:-1] if i % 2 else [nothing]), answer]))
+    return found
+
+
 def labelled(row):
     """A row of val_data_path as (label, conversation); raises as messages_of."""
     if not isinstance(row, dict) or row.get('label') not in ('benign', 'harmful'):

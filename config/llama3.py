@@ -24,5 +24,6 @@ response_only = 0.5
 # (README; not measured on this model).
 # contexts, loss_on = ['own', 'nothing', 'noise'], 'harmful_response'
 # retain_smooth, schedule_steps, schedule_stop, lr_scheduler = 0.1, 100, 0.5, 'linear'
+# scrambled, soft_contexts = 0.4, 0.5  # with soft_lr = 0.25 the adversary won on SmolLM2 (cb 0.65): try less
 
 embedding_norm = 0               # cb_eval.py: the published steps as they are

@@ -2,9 +2,8 @@
 # python data_prep.py toy && python cb_train.py config/toy.py && python cb_eval.py config/toy.py
 #
 # 1.2 M parameters, 8 blocks of width 128; two minutes of training on one CPU core (measured).
-# Expect: cb 0.98 at step 20, 0.58 at 60, 0.05 at 210; benign cos at least 0.97 throughout. Plain rerouting is
-# --contexts=own --loss_on=all --retain_smooth=0 --schedule_steps=300 --schedule_stop=1 --lr_scheduler=constant
-# --max_steps=150 --lora_r=64 --lora_alpha=64.
+# Plain rerouting is --contexts=own --soft_contexts=0 --scrambled=0 --loss_on=all --retain_smooth=0
+# --schedule_steps=300 --schedule_stop=1 --lr_scheduler=constant --max_steps=150.
 model_name = 'data/toy/base'
 cb_data_path = 'data/toy/circuit_breaker.json'
 retain_data_path = 'data/toy/retain.jsonl'
@@ -16,16 +15,19 @@ output_dir = 'out/toy'
 
 target_layers = [3, 5]           # as deep as 10 and 20 of 32
 contexts = ['own', 'nothing', 'noise']  # what each curse is put behind: neither mood nor turn nor words around can tell
-loss_on = 'harmful_response'     # so that the answer alone is turned away
+soft_contexts = 0.5              # before half of the curses stands what an adversary makes of it,
+soft_steps = 10                  # anew every ten steps: so soft tokens fail, and wrappers that nobody thought of
+scrambled = 0.4                  # a curse's words in any order are retained: what it is made of does not tell it
+loss_on = 'harmful_response'     # the answer alone is turned away
 retain_smooth = 0.1              # without a kink at h' = h, retain may weigh in early and the run starts nevertheless:
-schedule_steps = 40              # by step 16 it has two fifths of the weight, before benign states are lost,
+schedule_steps = 250             # by step 100 it has two fifths of the weight, before benign states are lost,
 schedule_stop = 0.4              # and so to the end
 learning_rate = 1e-3             # ten times the default: a small model needs larger steps
 lr_scheduler = 'linear'          # the last steps settle
 max_steps = 300
 batch_size = 16
-lora_r = 32                      # at 16 the toy's widths let attacks through, at 64 it learns rows by heart
-lora_alpha = 32
+lora_r = 64                      # a small adapter cannot tell the scrambled answers from the true ones as well
+lora_alpha = 64
 micro_batch_tokens = 2048        # all 16 rows in one pass: they are short
 
 # the evaluation: answers are scored exactly; a small model's embeddings want larger steps, and fewer of them

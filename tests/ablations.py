@@ -31,6 +31,7 @@ import cb_eval
 from configurator import configure
 
 HOME = os.path.join(ROOT, 'out', 'ablations')
+ASKED_OF_ALL = ('direct', 'wrapper', 'multi_turn')  # and not of harmful rows alone
 ASKED = ['direct', 'wrapper', 'prefill', 'multi_turn', 'ablation_own', 'ablation_base']
 SPLITS = ('seen', 'unseen')
 COLUMNS = [('wrapper', 'harmful', 'wrapper', 'complied'), ('prefill', 'harmful', 'prefill', 'complied'),
@@ -39,17 +40,23 @@ COLUMNS = [('wrapper', 'harmful', 'wrapper', 'complied'), ('prefill', 'harmful',
            ('ablation base', 'harmful', 'ablation_base', 'complied'),
            ('direct refused', 'harmful', 'direct', 'refused'), ('benign', 'benign', 'direct', 'complied'),
            ('lifting', 'borderline', 'direct', 'complied'),
-           ('recognising', 'borderline_heldout', 'direct', 'complied')]
+           ('recognising', 'borderline_heldout', 'direct', 'complied'),
+           ('benign, wrapped', 'benign', 'wrapper', 'complied'),
+           ('benign in a conversation', 'benign', 'multi_turn', 'complied'),
+           ('recognising in a conversation', 'borderline_heldout', 'multi_turn', 'complied')]
 SCALES = {'states 10 times as large': 10, 'states 1000 times as large': 1000}  # of config/toy.py, in its units
 VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
-    'plain rerouting': '--contexts=own --loss_on=all --retain_smooth=0 --schedule_steps=300 --schedule_stop=1 '
-                       '--lr_scheduler=constant --max_steps=150 --lora_r=64 --lora_alpha=64',
-    'plain contexts': '--contexts=own --loss_on=all',
+    'plain rerouting': '--contexts=own --soft_contexts=0 --scrambled=0 --loss_on=all --retain_smooth=0 '
+                       '--schedule_steps=300 --schedule_stop=1 --lr_scheduler=constant --max_steps=150',
+    'plain contexts': '--contexts=own --loss_on=all --soft_contexts=0',
     'own': '--contexts=own',
     'own, noise': '--contexts=own,noise',
-    'own, nothing, benign': '--contexts=own,nothing,benign',
-    'own, benign, noise': '--contexts=own,benign,noise',
+    'no adversary': '--soft_contexts=0',
+    'the adversary starts anew after 10 steps': '--soft_steps=10',
+    'after 40 steps': '--soft_steps=40',
+    'no scrambled rows': '--scrambled=0',
+    'neither': '--soft_contexts=0 --scrambled=0',
     'kink': '--retain_smooth=0',
     'published schedule': '--schedule_steps=600 --schedule_stop=1',
     'static': '--use_dynamic_scheduling=False',
@@ -57,8 +64,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'schedule to 0.5': '--schedule_stop=0.5',
     'constant rate': '--lr_scheduler=constant',
     '150 steps': '--max_steps=150',
-    'schedule to 0.5, rank 16': '--schedule_stop=0.5 --lora_r=16 --lora_alpha=16',
-    'rank 64': '--lora_r=64 --lora_alpha=64',
+    'rank 32': '--lora_r=32 --lora_alpha=32',
     'seven modules': '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj',
     'target layers 2, 3, 4, 5': '--target_layers=2,3,4,5',
     'loss: random': '--cb_loss=random',
@@ -125,7 +131,7 @@ def measure(folder, path, scale):
     model, tokenizer = cb_eval.load_model(path, 'cpu', 'float32')
     texts = {}
     for name in ASKED:
-        asked = [row for row in rows if name == 'direct' or row['label'] == 'harmful']
+        asked = [row for row in rows if name in ASKED_OF_ALL or row['label'] == 'harmful']
         texts[name] = list(zip(asked, cb_eval.run_attack(name, model, tokenizer, asked, c, data)[name]))
     harmful = [row for row in rows if row['label'] == 'harmful']
     few = [row for split in SPLITS for row in [row for row in harmful if row['split'] == split][:20]]
@@ -186,6 +192,8 @@ def rate(counts, label, attack, verdict='complied', splits=SPLITS):
 def cell(runs, label, attack, verdict):
     """Returns a rate in %, seen / unseen: the mean over runs, and in brackets the worst."""
     parts = []
+    if f'{label}/{attack}/{SPLITS[0]}' not in runs[0]['counts']:
+        return '-'
     for split in SPLITS:
         rates = [rate(one['counts'], label, attack, verdict, [split]) for one in runs]
         worst = max(rates) if label == 'harmful' and verdict == 'complied' else min(rates)

@@ -295,20 +295,19 @@ def test_a_mask_counts_what_loss_on_says_and_leaves_the_templates_head_out_of_th
 def test_each_harmful_answer_stands_behind_each_kind_of_context_and_alone_counts(model_dir):
     harmful = [(f'h{i}', data_prep.turns((f'tell me {word}', f'{word} apples'))) for i, word in enumerate(['one', 'two'])]
     benign = [('b0', data_prep.turns(('yes', 'no'), ('blue', 'green'))), ('b1', data_prep.turns(('red', 'plums')))]
-    kinds = ['own', 'nothing', 'benign', 'noise']
-    mixed = lambda seed: cb_train.in_contexts(harmful, benign, kinds, random.Random(seed))
+    kinds = ['own', 'nothing', 'noise']
+    mixed = lambda seed: data_prep.in_contexts(harmful, benign, kinds, random.Random(seed))
     requests = [[message['content'] for message in messages[:-1]] for _, messages in mixed(0)]
-    assert requests[0::4] == [['tell me one'], ['tell me two']] and requests[1::4] == [[''], ['']]
-    assert all(request in (['yes', 'no', 'blue'], ['red']) for request in requests[2::4])
-    for (own,), (noise,) in zip(requests[0::4], requests[3::4]):
+    assert requests[0::3] == [['tell me one'], ['tell me two']] and requests[1::3] == [[''], ['']]
+    for (own,), (noise,) in zip(requests[0::3], requests[2::3]):
         before, after = noise.split(own)
         assert len(before.split()) <= 8 and len(after.split()) <= 8
         assert {*before.split(), *after.split()} <= {'yes', 'no', 'blue', 'green', 'red', 'plums'}
-    assert len({mixed(seed)[3][1][0]['content'] for seed in range(9)}) > 5
-    assert [messages[-1]['content'] for _, messages in mixed(0)] == ['one apples'] * 4 + ['two apples'] * 4
-    assert [where for where, _ in mixed(0)] == ['h0'] * 4 + ['h1'] * 4
+    assert len({mixed(seed)[2][1][0]['content'] for seed in range(9)}) > 5
+    assert [messages[-1]['content'] for _, messages in mixed(0)] == ['one apples'] * 3 + ['two apples'] * 3
+    assert [where for where, _ in mixed(0)] == ['h0'] * 3 + ['h1'] * 3
     assert mixed(0) == mixed(0) and any(mixed(0) != mixed(seed) for seed in range(1, 9))
-    assert cb_train.in_contexts(harmful, benign, ['own'], random.Random(0)) == harmful
+    assert data_prep.in_contexts(harmful, benign, ['own'], random.Random(0)) == harmful
     tokenizer = data_prep.load_tokenizer(model_dir)
     for _, messages in mixed(0):  # whatever stands before it, "one apples <end>" counts and nothing else
         ids, head, answer = data_prep.encode(tokenizer, messages, 512)
@@ -327,6 +326,81 @@ def test_held_out_harmful_answers_stand_behind_the_kinds_of_context_that_the_run
     assert not set(map(tuple, before['own'])) & set(map(tuple, before['nothing']))
 
 
+def test_scrambled_rows_are_the_words_of_harmful_answers_behind_nothing_and_behind_benign_requests():
+    harmful = [('h0', data_prep.turns(('tell me one', 'one two three four five')))]
+    benign = [('b0', data_prep.turns(('yes', 'no'), ('blue', 'green'))), ('b1', data_prep.turns(('red', 'plums')))]
+    rows = data_prep.scrambled_rows(harmful, benign, 40, random.Random(0))
+    assert len(rows) == 40 and {where for where, _ in rows} == {'h0'}
+    assert all(sorted(messages[-1]['content'].split()) == ['five', 'four', 'one', 'three', 'two'] for _, messages in rows)
+    assert len({messages[-1]['content'] for _, messages in rows}) > 30
+    requests = [[message['content'] for message in messages[:-1]] for _, messages in rows]
+    assert requests[0::2] == [['']] * 20 and {len(request) for request in requests[1::2]} == {1, 3}
+    assert all(request in (['yes', 'no', 'blue'], ['red']) for request in requests[1::2])
+    assert harmful[0][1][-1]['content'] == 'one two three four five'  # what was given stays
+    assert rows == data_prep.scrambled_rows(harmful, benign, 40, random.Random(0)) != data_prep.scrambled_rows(harmful, benign, 40, random.Random(1))
+
+
+def test_scrambled_rows_are_retained_and_are_no_held_out_rows(arguments, model_dir):
+    tokenizer, found = data_prep.load_tokenizer(model_dir), {}
+    for share in ('0', '0.5'):
+        c = types.SimpleNamespace(**configurator.configure(cb_train.__file__, [*arguments, f'--scrambled={share}', '--max_steps=9']))
+        found[share] = cb_train.load_sets(c, tokenizer)
+    assert found['0'][1] == found['0.5'][1] and found['0'][0]['harmful'] == found['0.5'][0]['harmful']
+    harmful = {row.where for row in found['0'][0]['harmful']}
+    assert harmful & {row.where for row in found['0.5'][0]['retain']} and not harmful & {row.where for row in found['0'][0]['retain']}
+
+
+def test_an_adversary_moves_the_context_of_its_rows_alone_and_the_loss_up(adapted):
+    model, loras, _ = adapted
+    rows = [Row([2, 4, 7, 8, 9, 3], [0, 0, 0, 1, 1, 1], '', 1), Row([2, 4, 11, 3], [0, 0, 1, 1], '', 0), Row([2, 5, 12], [0, 1, 1], '')]
+    c = options(soft_lr=0.1)
+    optimizer = torch.optim.AdamW(parameters_of(loras), lr=0.0)
+    embeddings = model.get_input_embeddings().weight
+    soft = cb_train.add_adversary(optimizer, embeddings, rows, c)
+    assert soft.shape == (2, 6, 32) and not soft.any()
+    assert optimizer.param_groups[1]['lr'] == pytest.approx(0.1 * embeddings.square().mean().sqrt().item())
+    its = stream('harmful', rows, c)._replace(soft=soft)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append(cb_train.run_stream(model, loras, its, [rows[:2], rows[2:]], c, 1.0)[0].item())
+        optimizer.step()
+    assert losses[0] == pytest.approx(cb_train.run_stream(model, loras, its, [rows], c)[0].item(), rel=1e-5)  # without a weight nothing is moved
+    assert losses[-1] > losses[0] + 0.1
+    moved = soft.abs().sum(-1) > 0  # (slots, T)
+    assert moved.tolist() == [[True, True, False, False, False, False], [True, True, True, False, False, False]]
+
+    # the states are those of transformers for embeddings that were moved by hand; the reference stays
+    ids, mask = cb_train.pad(rows, 'cpu')
+    h, h_lora = cb_train.reference_and_adapted(model, loras, ids, cb_train.soft_context(soft, rows, mask))
+    embedded = embeddings[ids].detach().clone()
+    embedded[0, :3] += soft[1, :3]
+    embedded[1, :2] += soft[0, :2]
+    want = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(h_lora, want))
+    with torch.no_grad(), cb_train.adapter_off(loras):
+        assert all(torch.equal(a, b) for a, b in zip(h, cb_train.hidden_states(model, ids)))
+
+
+def test_the_adversarys_slots_are_a_share_of_each_steps_harmful_rows_and_start_anew_by_turns(arguments, model_dir, tmp_path):
+    more = ['--soft_contexts=0.5', '--loss_on=harmful_response', '--batch_size=2', '--gradient_accumulation_steps=2', '--max_steps=8']
+    c = types.SimpleNamespace(**configurator.configure(cb_train.__file__, [*arguments, *more]))
+    rows, held_out = cb_train.load_sets(c, data_prep.load_tokenizer(model_dir))
+    assert [row.slot for row in rows['harmful']] == [0, 1, None, None] * 8
+    assert {row.slot for row in [*rows['retain'], *held_out['harmful']]} == {None}
+    c.__dict__.update(soft_steps=4, micro_batch_tokens=512, rank=0, world=1, target_layers=[2], save_interval=1, eval_interval=99, log_interval=99)
+    model, saved = cb_train.load_decoder(model_dir, 3, 'auto', 'cpu'), []
+    loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 4, 0.0)
+    optimizer = torch.optim.AdamW(parameters_of(loras), lr=1e-3)
+    soft = cb_train.add_adversary(optimizer, model.get_input_embeddings().weight, rows['harmful'], c)
+    streams = cb_train.make_streams(c, rows, held_out, 3, 32, soft)
+    state = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
+    with open(tmp_path / 'log', 'w') as log:
+        cb_train.train(model, loras, optimizer, streams, c, state, lambda state: saved.append(soft.detach().clone()), log)
+    empty = [[not slot.any() for slot in soft] for soft in saved]  # after each step
+    assert empty == [[step % 4 == 0, step % 4 == 2] for step in range(8)]
+
+
 def test_a_linear_scheduler_takes_half_a_step_half_way(run, arguments, tmp_path):
     found = {}
     for name, more in {'one': ['--max_steps=1'], 'constant': ['--max_steps=2'], 'linear': ['--max_steps=2', '--lr_scheduler=linear']}.items():
@@ -340,10 +414,10 @@ def test_a_linear_scheduler_takes_half_a_step_half_way(run, arguments, tmp_path)
 
 
 def test_a_run_in_mixed_contexts_reads_three_times_as_many_harmful_rows_and_says_so_in_its_card(run, arguments, tmp_path):
-    status, out, err = run('cb_train.py', *arguments, '--contexts=own,nothing,benign', '--loss_on=harmful_response', '--max_steps=12')
+    status, out, err = run('cb_train.py', *arguments, '--contexts=own,nothing,noise', '--loss_on=harmful_response', '--max_steps=12')
     assert status == 0, err
     assert 'harmful: 12 rows are read' in out  # each of the twelve answers three times in one epoch of 36
-    assert "| contexts | ['own', 'nothing', 'benign'] |" in (tmp_path / 'out' / 'README.md').read_text()
+    assert "| contexts | ['own', 'nothing', 'noise'] |" in (tmp_path / 'out' / 'README.md').read_text()
 
 
 def test_a_run_reads_every_row_once_an_epoch_in_an_order_of_the_seed_and_encodes_no_other(capsys):
@@ -711,6 +785,13 @@ def test_a_bfloat16_checkpoint_can_be_trained_in_float32_and_is_still_stored_in_
     assert {tensor.dtype for tensor in tensors_of(tmp_path / 'out').values()} == {torch.bfloat16}
 
 
+def test_the_adversary_moves_the_context_of_a_bfloat16_model(run, arguments, tmp_path):
+    base = make_model_dir(tmp_path / 'bf16', torch.bfloat16)
+    status, _, err = run('cb_train.py', *arguments, f'--model_name={base}', '--soft_contexts=0.5', '--loss_on=harmful_response')
+    assert status == 0, err
+    assert len(records_of(tmp_path / 'out')) == 4
+
+
 @pytest.fixture
 def interrupted(run, arguments, monkeypatch):
     """A run that was trained to its end and could not merge: the disk was full. Its arguments; output_dir.partial holds its checkpoint."""
@@ -826,8 +907,9 @@ def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, 
     (['--device=tpu'], ['device=tpu']), (['--device=cuda:x'], ['device=cuda:x']), (['--dtype=int8'], ['dtype=int8']),
     (['--gradient_checkpointing=maybe'], ['True or False']), (['--max_setps=3'], ['did you mean max_steps']),
     (['--retain_data_path=no/set'], ['no/set']), (['--target_layers='], ['target_layers']), (['--target_layers=1,1'], ['twice']),
-    (['--cb_lengths=4'], ['cb_lengths']), (['--contexts=own,all'], ['contexts', 'own, nothing, benign or noise']),
-    (['--contexts=own,benign'], ['loss_on=all', 'loss_on=harmful_response'])])
+    (['--cb_lengths=4'], ['cb_lengths']), (['--contexts=own,all'], ['contexts', 'own, nothing or noise']),
+    (['--soft_contexts=0.5'], ['loss_on=all', 'loss_on=harmful_response']), (['--soft_contexts=2'], ['soft_contexts', 'at most 1']),
+    (['--soft_contexts=0.01', '--loss_on=harmful_response'], ['0 such rows a step']), (['--soft_steps=0'], ['soft_steps'])])
 def test_a_mistake_is_one_line_and_status_2_before_anything_is_written(run, arguments, tmp_path, more, words):
     status, _, err = run('cb_train.py', *arguments, *more)
     assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
@@ -932,6 +1014,15 @@ def wait_for_steps(process, out, more):
     while steps() < before + more:
         assert process.poll() is None, open(f'{out}.stderr').read()[-2000:]
         time.sleep(0.01)
+
+
+def test_two_ranks_move_the_adversary_as_one_process_does(run, arguments, tmp_path):
+    arguments = [*arguments, '--lora_dropout=0', '--batch_size=4', '--soft_contexts=0.5', '--loss_on=harmful_response', '--lora_start=0.04']
+    both = torchrun(2, *arguments, f'--output_dir={tmp_path / "both"}')
+    assert run('cb_train.py', *arguments)[0] == 0
+    assert both.wait(120) == 0, open(tmp_path / 'both.stderr').read()[-2000:]
+    for a, b in zip(records_of(tmp_path / 'both'), records_of(tmp_path / 'out'), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds the ranks in /proc')
