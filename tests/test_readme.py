@@ -63,7 +63,9 @@ def test_the_change_that_the_readme_shows_is_the_one_that_the_tests_apply():
     assert changed(shown) == changed(kept)
 
 
-def test_the_function_that_the_readme_shows_is_that_of_the_script():
-    body = re.search(r'```python\ndef in_contexts[^\n]*\n(.*?)\n```', README, re.S)[1]
-    assert body in open(os.path.join(ROOT, 'cb_train.py'), encoding='utf-8').read()
-    assert body.count('\n') <= 40
+def test_the_functions_that_the_readme_shows_are_those_of_the_scripts():
+    shown = re.search(r'```python\n(def in_contexts.*?)\n```', README, re.S)[1]
+    scripts = ''.join(open(os.path.join(ROOT, name), encoding='utf-8').read() for name in ('data_prep.py', 'cb_train.py'))
+    bodies = re.split(r'^def [^\n]*\n|\n+def [^\n]*\n', shown)[1:]
+    assert len(bodies) == 3 and all(body in scripts for body in bodies)
+    assert shown.count('\n') + 1 <= 40
