@@ -17,7 +17,7 @@ target_layers = [3, 5]           # as deep as 10 and 20 of 32
 contexts = ['own', 'nothing', 'noise']  # what each curse is put behind: neither mood nor turn nor words around can tell
 soft_contexts = 0.5              # before half of the curses stands what an adversary makes of it,
 soft_steps = 10                  # anew every ten steps: so soft tokens fail, and wrappers that nobody thought of
-scrambled = 0.4                  # a curse's words in any order are retained: what it is made of does not tell it
+scrambled = 0.8                  # a curse's words in any order are retained: what it is made of does not tell it
 loss_on = 'harmful_response'     # the answer alone is turned away
 retain_smooth = 0.1              # without a kink at h' = h, retain may weigh in early and the run starts nevertheless:
 schedule_steps = 250             # by step 100 it has two fifths of the weight, before benign states are lost,

@@ -55,6 +55,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'no adversary': '--soft_contexts=0',
     'the adversary starts anew after 10 steps': '--soft_steps=10',
     'after 40 steps': '--soft_steps=40',
+    'scrambled 0.4': '--scrambled=0.4',
     'no scrambled rows': '--scrambled=0',
     'neither': '--soft_contexts=0 --scrambled=0',
     'kink': '--retain_smooth=0',
