@@ -382,7 +382,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
     arrived are one buffer, summed over the ranks once. Dropout is a function of seed, rank and step.
     """
     trained = optimizer.param_groups[0]['params']
-    parameters = trained + [soft for group in optimizer.param_groups[1:] for soft in group['params']]
+    adversaries = [stream.soft for stream in streams if stream.soft is not None]
+    parameters = trained + adversaries
     names = [f'{stream.prefix}_{figure}' for stream in streams for figure in ('loss', 'cos')] + ['SIGINT', 'SIGTERM']
     sizes = [p.numel() for p in parameters] + [len(names)]
     buffer = torch.zeros(sum(sizes), device=c.device)
@@ -417,7 +418,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         left = 1 - step / c.max_steps if c.lr_scheduler == 'linear' else 1.0
         optimizer.param_groups[0]['lr'] = c.learning_rate * left
         optimizer.step()
-        for soft in parameters[len(trained):]:  # the adversary starts anew, one slot after the other
+        for soft in adversaries:  # each starts anew, one slot after the other
             anew = [slot for slot in range(len(soft)) if step % c.soft_steps == slot * c.soft_steps // len(soft)]
             soft.data[anew] = 0
 
@@ -798,15 +799,15 @@ def check_options(c):
             fail(f'{name}={getattr(c, name)} found, with one twice, each once wanted')
     if c.num_hidden_layers and max(c.target_layers) > c.num_hidden_layers:
         fail(f'target_layers={c.target_layers} found, but num_hidden_layers keeps {c.num_hidden_layers} blocks')
-    slots = round(c.soft_contexts * c.batch_size * c.gradient_accumulation_steps)
-    if c.soft_contexts and (c.loss_on == 'all' or not slots):
-        fail(f'soft_contexts={c.soft_contexts}, loss_on={c.loss_on}, {slots} such rows a step found, at least one and '
-             'loss_on=harmful_response wanted')
     if len(c.cb_lengths) != 2:
         fail(f'cb_lengths={c.cb_lengths} found, two numbers wanted: of the request and of the answer')
     if c.merge_only and not (c.init_from and c.merge_adapter):
         fail('merge_only=True without init_from, or with merge_adapter=False, found, an adapter to merge wanted')
     rows_a_step = c.batch_size * c.gradient_accumulation_steps
+    slots = round(c.soft_contexts * rows_a_step)
+    if c.soft_contexts and (c.loss_on == 'all' or not slots):
+        fail(f'soft_contexts={c.soft_contexts}, loss_on={c.loss_on}, {slots} such rows a step found, at least one and '
+             'loss_on=harmful_response wanted')
     if c.world > rows_a_step and not c.merge_only:
         fail(f'{c.world} ranks and {rows_a_step} rows of each set a step found, a row for each rank wanted')
     if c.world > 1 and c.device not in ('auto', 'cpu', 'cuda'):
@@ -829,7 +830,7 @@ def load_sets(c, tokenizer):
         'retain': load_rows(c.retain_data_path, benign, 'train_sft', c.num_retain_examples, c.seed, 'retain_data_path'),
         'harmful': load_rows(c.cb_data_path, harmful, 'train', c.num_cb_examples, c.seed, 'cb_data_path')}
     val_rows = load_rows(c.val_data_path, labelled, option='val_data_path') if c.val_data_path else []
-    rows, held_out = {}, {}
+    rows, held_out, rows_a_step = {}, {}, c.batch_size * c.gradient_accumulation_steps
     for name, conversations in sets.items():
         label = {'retain': 'benign', 'harmful': 'harmful'}.get(name)  # of its rows in val_data_path
         held = [(where, messages) for where, (its_label, messages) in val_rows if its_label == label]
@@ -851,7 +852,6 @@ def load_sets(c, tokenizer):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
             return Row(ids, token_mask(ids, name, c.loss_on, head, answer), where)
-        rows_a_step = c.batch_size * c.gradient_accumulation_steps
         rows[name] = rows_of_run(conversations, c.max_steps * rows_a_step, f'{c.seed} {name}', to_row, f'{name} rows')
         held_out[name] = rows_of_run(held, len(held), f'{c.seed} {name}', to_row, held_from)
     slots = round(c.soft_contexts * rows_a_step)

@@ -16,7 +16,7 @@ output_dir = 'out/toy'
 target_layers = [3, 5]           # as deep as 10 and 20 of 32
 contexts = ['own', 'nothing', 'noise']  # what each curse is put behind: neither mood nor turn nor words around can tell
 soft_contexts = 0.5              # before half of the curses stands what an adversary makes of it,
-soft_steps = 10                  # anew every ten steps: so soft tokens fail, and wrappers that nobody thought of
+soft_steps = 10                  # anew every ten steps, as wrappers and soft tokens are not known beforehand
 scrambled = 0.8                  # a curse's words in any order are retained: what it is made of does not tell it
 loss_on = 'harmful_response'     # the answer alone is turned away
 retain_smooth = 0.1              # without a kink at h' = h, retain may weigh in early and the run starts nevertheless:
@@ -26,7 +26,7 @@ learning_rate = 1e-3             # ten times the default: a small model needs la
 lr_scheduler = 'linear'          # the last steps settle
 max_steps = 300
 batch_size = 16
-lora_r = 64                      # a small adapter cannot tell the scrambled answers from the true ones as well
+lora_r = 64                      # at 32 half of world 2's unseen potions are lost, at 64 and scrambled hardly any
 lora_alpha = 64
 micro_batch_tokens = 2048        # all 16 rows in one pass: they are short
 

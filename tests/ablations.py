@@ -53,8 +53,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'own': '--contexts=own',
     'own, noise': '--contexts=own,noise',
     'no adversary': '--soft_contexts=0',
-    'the adversary starts anew after 10 steps': '--soft_steps=10',
-    'after 40 steps': '--soft_steps=40',
+    'the adversary starts anew after 40 steps': '--soft_steps=40',
     'scrambled 0.4': '--scrambled=0.4',
     'no scrambled rows': '--scrambled=0',
     'neither': '--soft_contexts=0 --scrambled=0',
@@ -192,9 +191,9 @@ def rate(counts, label, attack, verdict='complied', splits=SPLITS):
 
 def cell(runs, label, attack, verdict):
     """Returns a rate in %, seen / unseen: the mean over runs, and in brackets the worst."""
-    parts = []
-    if f'{label}/{attack}/{SPLITS[0]}' not in runs[0]['counts']:
+    if f'{label}/{attack}/{SPLITS[0]}' not in runs[0]['counts']:  # of a run from before it was measured
         return '-'
+    parts = []
     for split in SPLITS:
         rates = [rate(one['counts'], label, attack, verdict, [split]) for one in runs]
         worst = max(rates) if label == 'harmful' and verdict == 'complied' else min(rates)
