@@ -4,7 +4,7 @@ states on harmful text away from where they were and holds its states on everyth
 weights at the end.
 
     h = hidden states of the frozen model, h' = of the same model with LoRA
-    p = step / schedule_steps, at most schedule_stop
+    p = step / schedule_steps, at most 1
 
     retain = mean over retain tokens, and over the states after each kept block, of LLAMA3_NORM || h' - h || / || h ||
     cb     = mean over harmful tokens, and over target_layers, of relu(cos(h', h))
@@ -86,7 +86,6 @@ rmu_norm = 20.0                  # >= 0: u is one random direction for all token
 loss_on = 'all'                  # all | response | harmful_response: tokens that count: all or the last answer's
 use_dynamic_scheduling = True    # shift the weight from cb to retain; False = lorra_alpha for both throughout
 schedule_steps = 0               # >= 0: steps until all of it is on retain [0 = max_steps; published: 2 * max_steps]
-schedule_stop = 1.0              # > 0, <= 1: retain's share of the weight grows until this
 # LoRA
 lora_r = 16                      # >= 1: rank
 lora_alpha = 16                  # >= 1: scale = lora_alpha / lora_r
@@ -107,8 +106,9 @@ max_grad_norm = 1.0              # > 0: the gradient is clipped to this norm
 # data: a .json, .jsonl, .csv, .tsv or .parquet file, a folder of such or a hub id; data_prep.py check FILE reads one
 cb_data_path = 'data/circuit_breakers_train.json'  # harmful rows
 contexts = ['own']               # own | nothing | noise: requests that each harmful answer is put behind
+retain_contexts = ['own']        # own | nothing | noise: the same for benign answers
 soft_contexts = 0.0              # >= 0, <= 1: share of the harmful rows whose context an adversary moves
-soft_steps = 10                  # >= 1: steps of the adversary until it starts anew
+soft_steps = 20                  # >= 1: steps for which it stays with a row, until it starts anew with another
 soft_lr = 0.25                   # > 0: its step, in units of the embeddings' root mean square
 scrambled = 0.0                  # >= 0: more retain rows, as a share of them: harmful answers' words in random order
 retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows
@@ -272,6 +272,11 @@ def reference_and_adapted(model, loras, ids, moved=None):
     return h, hidden_states(model, ids, moved)
 
 
+def age(step, slot, slots, life):
+    """Returns for how many steps one of the adversary's slots has lived: they start anew in turn, each after `life`."""
+    return (step - 1 - slot * life // slots) % life
+
+
 def soft_context(soft, rows, mask):
     """
     Returns what the adversary adds to the embeddings of padded Rows, (B, T, D): soft[slot] to what stands before the
@@ -323,11 +328,11 @@ def rmu_loss(h, h_lora, mask, layers, direction):
     return sum(((h_lora[l].float() - direction).square().mean(-1) * mask).sum() for l in layers) / len(layers)
 
 
-def coefficients(step, lorra_alpha, schedule_steps, stop=1.0):
+def coefficients(step, lorra_alpha, schedule_steps):
     """Returns (retain, cb) at an optimizer step, both lorra_alpha if schedule_steps is 0 (section 3 of the paper)."""
     if not schedule_steps:
         return lorra_alpha, lorra_alpha
-    p = min(step / schedule_steps, stop)
+    p = min(step / schedule_steps, 1.0)
     return lorra_alpha * p, lorra_alpha * (1 - p)
 
 
@@ -349,10 +354,10 @@ def make_streams(c, rows, held_out, blocks, width, soft=None):
     return [
         Stream('retain', 'retain', rows['retain'], held_out['retain'], layers=range(1, blocks + 1),
                loss=functools.partial(retain_loss, relative=c.retain_distance == 'relative', smooth=c.retain_smooth),
-               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[0],
+               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks)[0],
                divisor=published if c.retain_divisor == 'published' else count),
         Stream('harmful', 'cb', rows['harmful'], held_out['harmful'], layers=c.target_layers, loss=cb_loss,
-               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[1],
+               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks)[1],
                divisor=count, soft=soft)]
 
 
@@ -418,9 +423,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         left = 1 - step / c.max_steps if c.lr_scheduler == 'linear' else 1.0
         optimizer.param_groups[0]['lr'] = c.learning_rate * left
         optimizer.step()
-        for soft in adversaries:  # each starts anew, one slot after the other
-            anew = [slot for slot in range(len(soft)) if step % c.soft_steps == slot * c.soft_steps // len(soft)]
-            soft.data[anew] = 0
+        for soft in adversaries:
+            soft.data[[slot for slot in range(len(soft)) if age(step + 1, slot, len(soft), c.soft_steps) == 0]] = 0
 
         # the log, a validation pass, the verdict
         last, validated = step == c.max_steps - 1, step % c.eval_interval == 0
@@ -830,33 +834,34 @@ def load_sets(c, tokenizer):
         'retain': load_rows(c.retain_data_path, benign, 'train_sft', c.num_retain_examples, c.seed, 'retain_data_path'),
         'harmful': load_rows(c.cb_data_path, harmful, 'train', c.num_cb_examples, c.seed, 'cb_data_path')}
     val_rows = load_rows(c.val_data_path, labelled, option='val_data_path') if c.val_data_path else []
-    rows, held_out, rows_a_step = {}, {}, c.batch_size * c.gradient_accumulation_steps
+    held, rows, held_out, rows_a_step = {}, {}, {}, c.batch_size * c.gradient_accumulation_steps
     for name, conversations in sets.items():
         label = {'retain': 'benign', 'harmful': 'harmful'}.get(name)  # of its rows in val_data_path
-        held = [(where, messages) for where, (its_label, messages) in val_rows if its_label == label]
-        held_from = f'val_data_path: {label}'
+        held[name] = [(where, messages) for where, (its_label, messages) in val_rows if its_label == label]
         if not c.val_data_path or not label:
-            held_from = f'held-out {name} rows'
-            held = random.Random(f'{c.seed} val').sample(conversations, min(60, math.ceil(len(conversations) / 10)))
-            texts = [messages for _, messages in held]
-            conversations = [row for row in conversations if row[1] not in texts] or conversations
-        if name == 'retain' and c.scrambled:
-            number, rng = round(c.scrambled * len(conversations)), random.Random(f'{c.seed} scrambled')
-            conversations = conversations + scrambled_rows(sets['harmful'], conversations, number, rng)
-        if name == 'harmful' and c.contexts != ['own']:
-            rng = random.Random(f'{c.seed} contexts')
-            conversations = in_contexts(conversations, sets['retain'], c.contexts, rng)
-            held = rng.sample(in_contexts(held, sets['retain'], c.contexts, rng), len(held))
+            tenth = min(60, math.ceil(len(conversations) / 10))
+            held[name] = random.Random(f'{c.seed} val').sample(conversations, tenth)
+            texts = [messages for _, messages in held[name]]
+            sets[name] = [row for row in conversations if row[1] not in texts] or conversations
+    rng, plain, numbers = random.Random(f'{c.seed} contexts'), sets['retain'], {name: len(held[name]) for name in held}
+    for name, contexts in (('harmful', c.contexts), ('retain', c.retain_contexts)):
+        sets[name], held[name] = (in_contexts(some[name], plain, contexts, rng) for some in (sets, held))
+    extra = round(c.scrambled * len(sets['retain']))
+    sets['retain'] = sets['retain'] + scrambled_rows(sets['harmful'], sets['retain'], extra, rng)
 
+    for name, conversations in sets.items():
         def to_row(messages, where):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
             return Row(ids, token_mask(ids, name, c.loss_on, head, answer), where)
+        held_from = f'val_data_path: {name} rows' if c.val_data_path else f'held-out {name} rows'
         rows[name] = rows_of_run(conversations, c.max_steps * rows_a_step, f'{c.seed} {name}', to_row, f'{name} rows')
-        held_out[name] = rows_of_run(held, len(held), f'{c.seed} {name}', to_row, held_from)
-    slots = round(c.soft_contexts * rows_a_step)
-    rows['harmful'] = [row._replace(slot=i % rows_a_step if i % rows_a_step < slots else None)
-                       for i, row in enumerate(rows['harmful'])]
+        held_out[name] = rows_of_run(held[name], numbers[name], f'{c.seed} {name}', to_row, held_from)
+    order, slots = rows['harmful'], round(c.soft_contexts * rows_a_step)
+    for step in range(c.max_steps):
+        for slot in range(slots):  # its row stays as long as its vectors
+            i, since = step * rows_a_step + slot, min(step, age(step, slot, slots, c.soft_steps))
+            order[i] = order[i - since * rows_a_step]._replace(slot=slot)
     return rows, held_out
 
 
@@ -868,8 +873,8 @@ def model_card(c, rows, record):
     if c.merge_only:
         made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
     recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'retain_smooth', 'cb_loss', 'loss_on', 'contexts',
-              'soft_contexts', 'scrambled', 'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r', 'target_modules',
-              'batch_size', 'learning_rate', 'lr_scheduler', 'seed')
+              'retain_contexts', 'soft_contexts', 'scrambled', 'use_dynamic_scheduling', 'schedule_steps', 'max_steps',
+              'lora_r', 'target_modules', 'batch_size', 'learning_rate', 'lr_scheduler', 'seed')
     return '\n'.join([
         '---', *([f'base_model: {c.model_name}'] if hub_id else []), 'library_name: transformers',
         'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(c.output_dir)}', '',

@@ -47,7 +47,7 @@ def adapted(model_dir):
 def options(**more):
     """The options of a run as the functions take them: those of the script's own block that they read, and `more`."""
     own = dict(device='cpu', target_layers=[2], lorra_alpha=10.0, retain_distance='relative', retain_divisor='real', cb_loss='rr',
-               retain_smooth=0.0, schedule_stop=1.0, rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4,
+               retain_smooth=0.0, rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4,
                batch_size=9, micro_batch_tokens=10 ** 6,
                max_seq_length=512, seed=0, rank=0, world=1, lora_start=0.01)
     return types.SimpleNamespace(**own | more)
@@ -280,11 +280,6 @@ def test_the_schedule_moves_the_weight_from_cb_to_retain(step, ticks, want):
     assert cb_train.coefficients(step, 10.0, ticks) == pytest.approx(want)
 
 
-@pytest.mark.parametrize('step, want', [(0, (0, 10)), (20, (2, 8)), (50, (5, 5)), (149, (5, 5))])
-def test_the_schedule_stops_where_schedule_stop_says(step, want):
-    assert cb_train.coefficients(step, 10.0, 100, stop=0.5) == pytest.approx(want)
-
-
 def test_a_mask_counts_what_loss_on_says_and_leaves_the_templates_head_out_of_the_cb_loss():
     mask = lambda stream, loss_on: cb_train.token_mask([9] * 6, stream, loss_on, head=2, answer=4)
     assert mask('retain', 'all') == [1] * 6 and mask('harmful', 'all') == [0, 0, 1, 1, 1, 1]
@@ -324,6 +319,16 @@ def test_held_out_harmful_answers_stand_behind_the_kinds_of_context_that_the_run
         before[contexts] = [row.ids[:row.mask.index(1)] for row in held_out['harmful']]
     assert before['nothing'] == [data_prep.prompt_ids(tokenizer, data_prep.turns(('', ''))[:1])] * len(before['own'])
     assert not set(map(tuple, before['own'])) & set(map(tuple, before['nothing']))
+
+
+def test_benign_rows_stand_behind_the_kinds_of_context_that_retain_contexts_says_and_half_of_them_amid_noise(arguments, model_dir):
+    tokenizer, asked = data_prep.load_tokenizer(model_dir), {}
+    for contexts in ('own', 'own,noise'):
+        c = configurator.configure(cb_train.__file__, [*arguments, f'--retain_contexts={contexts}', '--max_steps=9'])
+        rows, _ = cb_train.load_sets(types.SimpleNamespace(**c), tokenizer)
+        asked[contexts] = {tuple(row.ids) for row in rows['retain']}
+    longer = [ids for ids in asked['own,noise'] if ids not in asked['own']]
+    assert asked['own'] & asked['own,noise'] and 0.3 < len(longer) / len(asked['own,noise']) < 0.7
 
 
 def test_scrambled_rows_are_the_words_of_harmful_answers_behind_nothing_and_behind_benign_requests():
@@ -382,13 +387,16 @@ def test_an_adversary_moves_the_context_of_its_rows_alone_and_the_loss_up(adapte
         assert all(torch.equal(a, b) for a, b in zip(h, cb_train.hidden_states(model, ids)))
 
 
-def test_the_adversarys_slots_are_a_share_of_each_steps_harmful_rows_and_start_anew_by_turns(arguments, model_dir, tmp_path):
-    more = ['--soft_contexts=0.5', '--loss_on=harmful_response', '--batch_size=2', '--gradient_accumulation_steps=2', '--max_steps=8']
+def test_the_adversarys_slots_are_a_share_of_each_steps_harmful_rows_and_start_anew_by_turns_each_with_another_row(arguments, model_dir, tmp_path):
+    more = ['--soft_contexts=0.5', '--soft_steps=4', '--loss_on=harmful_response', '--batch_size=2', '--gradient_accumulation_steps=2', '--max_steps=8']
     c = types.SimpleNamespace(**configurator.configure(cb_train.__file__, [*arguments, *more]))
     rows, held_out = cb_train.load_sets(c, data_prep.load_tokenizer(model_dir))
     assert [row.slot for row in rows['harmful']] == [0, 1, None, None] * 8
     assert {row.slot for row in [*rows['retain'], *held_out['harmful']]} == {None}
-    c.__dict__.update(soft_steps=4, micro_batch_tokens=512, rank=0, world=1, target_layers=[2], save_interval=1, eval_interval=99, log_interval=99)
+    first, second = ([row.where for row in rows['harmful'][slot::4]] for slot in (0, 1))  # of each step
+    assert [where == before for where, before in zip(first[1:], first)] == [False, True, True, True, False, True, True]
+    assert [where == before for where, before in zip(second[1:], second)] == [True, True, False, True, True, True, False]
+    c.__dict__.update(micro_batch_tokens=512, rank=0, world=1, target_layers=[2], save_interval=1, eval_interval=99, log_interval=99)
     model, saved = cb_train.load_decoder(model_dir, 3, 'auto', 'cpu'), []
     loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 4, 0.0)
     optimizer = torch.optim.AdamW(parameters_of(loras), lr=1e-3)
@@ -949,7 +957,7 @@ def test_a_static_schedule_may_stand_beside_schedule_steps(run, arguments, tmp_p
 def test_validation_wants_rows_of_both_labels(run, arguments, tmp_path):
     (tmp_path / 'val.jsonl').write_text('{"label": "benign", "prompt": "red", "response": "yes"}')
     status, _, err = run('cb_train.py', *arguments)
-    assert status == 2 and 'val_data_path: harmful: no rows left of 0' in err
+    assert status == 2 and 'val_data_path: harmful rows: no rows left of 0' in err
 
 
 def test_a_folder_that_no_run_wrote_is_never_replaced(run, arguments, tmp_path):
