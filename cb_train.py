@@ -108,7 +108,7 @@ cb_data_path = 'data/circuit_breakers_train.json'  # harmful rows
 contexts = ['own']               # own | nothing | noise: requests that each harmful answer is put behind
 retain_contexts = ['own']        # own | nothing | noise: the same for benign answers
 soft_contexts = 0.0              # >= 0, <= 1: share of the harmful rows whose context an adversary moves
-soft_steps = 20                  # >= 1: steps for which it stays with a row, until it starts anew with another
+soft_steps = 40                  # >= 1: steps of the adversary until it starts anew
 soft_lr = 0.25                   # > 0: its step, in units of the embeddings' root mean square
 scrambled = 0.0                  # >= 0: more retain rows, as a share of them: harmful answers' words in random order
 retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows
@@ -272,11 +272,6 @@ def reference_and_adapted(model, loras, ids, moved=None):
     return h, hidden_states(model, ids, moved)
 
 
-def age(step, slot, slots, life):
-    """Returns for how many steps one of the adversary's slots has lived: they start anew in turn, each after `life`."""
-    return (step - 1 - slot * life // slots) % life
-
-
 def soft_context(soft, rows, mask):
     """
     Returns what the adversary adds to the embeddings of padded Rows, (B, T, D): soft[slot] to what stands before the
@@ -423,8 +418,9 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         left = 1 - step / c.max_steps if c.lr_scheduler == 'linear' else 1.0
         optimizer.param_groups[0]['lr'] = c.learning_rate * left
         optimizer.step()
-        for soft in adversaries:
-            soft.data[[slot for slot in range(len(soft)) if age(step + 1, slot, len(soft), c.soft_steps) == 0]] = 0
+        for soft in adversaries:  # each starts anew, one slot after the other
+            anew = [slot for slot in range(len(soft)) if step % c.soft_steps == slot * c.soft_steps // len(soft)]
+            soft.data[anew] = 0
 
         # the log, a validation pass, the verdict
         last, validated = step == c.max_steps - 1, step % c.eval_interval == 0
@@ -857,11 +853,9 @@ def load_sets(c, tokenizer):
         held_from = f'val_data_path: {name} rows' if c.val_data_path else f'held-out {name} rows'
         rows[name] = rows_of_run(conversations, c.max_steps * rows_a_step, f'{c.seed} {name}', to_row, f'{name} rows')
         held_out[name] = rows_of_run(held[name], numbers[name], f'{c.seed} {name}', to_row, held_from)
-    order, slots = rows['harmful'], round(c.soft_contexts * rows_a_step)
-    for step in range(c.max_steps):
-        for slot in range(slots):  # its row stays as long as its vectors
-            i, since = step * rows_a_step + slot, min(step, age(step, slot, slots, c.soft_steps))
-            order[i] = order[i - since * rows_a_step]._replace(slot=slot)
+    slots = round(c.soft_contexts * rows_a_step)
+    rows['harmful'] = [row._replace(slot=i % rows_a_step if i % rows_a_step < slots else None)
+                       for i, row in enumerate(rows['harmful'])]
     return rows, held_out
 
 

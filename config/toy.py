@@ -18,7 +18,7 @@ target_layers = [3, 5]           # as deep as 10 and 20 of 32
 contexts = ['own', 'nothing', 'noise']      # what each curse is put behind: neither mood nor turn nor words can tell
 retain_contexts = ['own', 'own', 'noise']   # and what else is told, so that a strange context tells nothing
 soft_contexts = 0.5              # before half of the curses stands what an adversary makes of it,
-soft_steps = 20                  # each for twenty steps, as wrappers and soft tokens are not known beforehand
+soft_steps = 40                  # anew every forty steps, as wrappers and soft tokens are not known beforehand
 scrambled = 0.8                  # a curse's words in any order are retained: what it is made of does not tell it
 loss_on = 'harmful_response'     # the answer alone is turned away
 retain_smooth = 1.5              # retain is a square near h' = h, as cb is: so both can weigh in full from the start,

@@ -387,15 +387,12 @@ def test_an_adversary_moves_the_context_of_its_rows_alone_and_the_loss_up(adapte
         assert all(torch.equal(a, b) for a, b in zip(h, cb_train.hidden_states(model, ids)))
 
 
-def test_the_adversarys_slots_are_a_share_of_each_steps_harmful_rows_and_start_anew_by_turns_each_with_another_row(arguments, model_dir, tmp_path):
+def test_the_adversarys_slots_are_a_share_of_each_steps_harmful_rows_and_start_anew_by_turns(arguments, model_dir, tmp_path):
     more = ['--soft_contexts=0.5', '--soft_steps=4', '--loss_on=harmful_response', '--batch_size=2', '--gradient_accumulation_steps=2', '--max_steps=8']
     c = types.SimpleNamespace(**configurator.configure(cb_train.__file__, [*arguments, *more]))
     rows, held_out = cb_train.load_sets(c, data_prep.load_tokenizer(model_dir))
     assert [row.slot for row in rows['harmful']] == [0, 1, None, None] * 8
     assert {row.slot for row in [*rows['retain'], *held_out['harmful']]} == {None}
-    first, second = ([row.where for row in rows['harmful'][slot::4]] for slot in (0, 1))  # of each step
-    assert [where == before for where, before in zip(first[1:], first)] == [False, True, True, True, False, True, True]
-    assert [where == before for where, before in zip(second[1:], second)] == [True, True, False, True, True, True, False]
     c.__dict__.update(micro_batch_tokens=512, rank=0, world=1, target_layers=[2], save_interval=1, eval_interval=99, log_interval=99)
     model, saved = cb_train.load_decoder(model_dir, 3, 'auto', 'cpu'), []
     loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 4, 0.0)
