@@ -4,7 +4,7 @@ states on harmful text away from where they were and holds its states on everyth
 weights at the end.
 
     h = hidden states of the frozen model, h' = of the same model with LoRA
-    p = step / schedule_steps, at most 1
+    p = step / schedule_steps, at most schedule_stop
 
     retain = mean over retain tokens, and over the states after each kept block, of LLAMA3_NORM || h' - h || / || h ||
     cb     = mean over harmful tokens, and over target_layers, of relu(cos(h', h))
@@ -86,6 +86,7 @@ rmu_norm = 20.0                  # >= 0: u is one random direction for all token
 loss_on = 'all'                  # all | response | harmful_response: tokens that count: all or the last answer's
 use_dynamic_scheduling = True    # shift the weight from cb to retain; False = lorra_alpha for both throughout
 schedule_steps = 0               # >= 0: steps until all of it is on retain [0 = max_steps; published: 2 * max_steps]
+schedule_stop = 1.0              # > 0, <= 1: retain's share of the weight grows until this
 # LoRA
 lora_r = 16                      # >= 1: rank
 lora_alpha = 16                  # >= 1: scale = lora_alpha / lora_r
@@ -108,7 +109,7 @@ cb_data_path = 'data/circuit_breakers_train.json'  # harmful rows
 contexts = ['own']               # own | nothing | noise: requests that each harmful answer is put behind
 retain_contexts = ['own']        # own | nothing | noise: the same for benign answers
 soft_contexts = 0.0              # >= 0, <= 1: share of the harmful rows whose context an adversary moves
-soft_steps = 40                  # >= 1: steps of the adversary until it starts anew
+soft_steps = 10                  # >= 1: steps of the adversary until it starts anew
 soft_lr = 0.25                   # > 0: its step, in units of the embeddings' root mean square
 scrambled = 0.0                  # >= 0: more retain rows, as a share of them: harmful answers' words in random order
 retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows
@@ -293,7 +294,8 @@ def cosine(h, h_lora):
 def retain_loss(h, h_lora, mask, layers, relative=True, smooth=0.0):
     """
     d = || h' - h || (section 3 of the paper), or relative: in units of the token's own norm, times LLAMA3_NORM.
-    smooth: before that, d becomes sqrt(d^2 + smooth^2) - smooth, which has no kink at h' = h to hold the start back.
+    smooth: before that, d becomes sqrt(d^2 + smooth^2) - smooth, near h' = h a square, as 1 - cos is, and not a kink:
+    retain may weigh in full from the first step, and a run starts nevertheless.
     """
     total, unit = 0.0, LLAMA3_NORM if relative else 1.0
     for l in layers:
@@ -323,11 +325,11 @@ def rmu_loss(h, h_lora, mask, layers, direction):
     return sum(((h_lora[l].float() - direction).square().mean(-1) * mask).sum() for l in layers) / len(layers)
 
 
-def coefficients(step, lorra_alpha, schedule_steps):
+def coefficients(step, lorra_alpha, schedule_steps, stop=1.0):
     """Returns (retain, cb) at an optimizer step, both lorra_alpha if schedule_steps is 0 (section 3 of the paper)."""
     if not schedule_steps:
         return lorra_alpha, lorra_alpha
-    p = min(step / schedule_steps, 1.0)
+    p = min(step / schedule_steps, stop)
     return lorra_alpha * p, lorra_alpha * (1 - p)
 
 
@@ -349,10 +351,10 @@ def make_streams(c, rows, held_out, blocks, width, soft=None):
     return [
         Stream('retain', 'retain', rows['retain'], held_out['retain'], layers=range(1, blocks + 1),
                loss=functools.partial(retain_loss, relative=c.retain_distance == 'relative', smooth=c.retain_smooth),
-               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks)[0],
+               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[0],
                divisor=published if c.retain_divisor == 'published' else count),
         Stream('harmful', 'cb', rows['harmful'], held_out['harmful'], layers=c.target_layers, loss=cb_loss,
-               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks)[1],
+               coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[1],
                divisor=count, soft=soft)]
 
 
@@ -839,20 +841,23 @@ def load_sets(c, tokenizer):
             held[name] = random.Random(f'{c.seed} val').sample(conversations, tenth)
             texts = [messages for _, messages in held[name]]
             sets[name] = [row for row in conversations if row[1] not in texts] or conversations
-    rng, plain, numbers = random.Random(f'{c.seed} contexts'), sets['retain'], {name: len(held[name]) for name in held}
-    for name, contexts in (('harmful', c.contexts), ('retain', c.retain_contexts)):
-        sets[name], held[name] = (in_contexts(some[name], plain, contexts, rng) for some in (sets, held))
-    extra = round(c.scrambled * len(sets['retain']))
-    sets['retain'] = sets['retain'] + scrambled_rows(sets['harmful'], sets['retain'], extra, rng)
+    told, plain = sets['harmful'], sets['retain']
+    for name, option in (('harmful', 'contexts'), ('retain', 'retain_contexts')):
+        contexts, rng = getattr(c, option), random.Random(f'{c.seed} {option}')
+        if contexts != ['own']:
+            sets[name] = in_contexts(sets[name], plain, contexts, rng)
+            held[name] = rng.sample(in_contexts(held[name], plain, contexts, rng), len(held[name]))
+    extra, rng = round(c.scrambled * len(sets['retain'])), random.Random(f'{c.seed} scrambled')
+    sets['retain'] = sets['retain'] + scrambled_rows(told, sets['retain'], extra, rng)
 
     for name, conversations in sets.items():
         def to_row(messages, where):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
             return Row(ids, token_mask(ids, name, c.loss_on, head, answer), where)
-        held_from = f'val_data_path: {name} rows' if c.val_data_path else f'held-out {name} rows'
+        held_from = f'val_data_path: held-out {name} rows' if c.val_data_path else f'held-out {name} rows'
         rows[name] = rows_of_run(conversations, c.max_steps * rows_a_step, f'{c.seed} {name}', to_row, f'{name} rows')
-        held_out[name] = rows_of_run(held[name], numbers[name], f'{c.seed} {name}', to_row, held_from)
+        held_out[name] = rows_of_run(held[name], len(held[name]), f'{c.seed} {name}', to_row, held_from)
     slots = round(c.soft_contexts * rows_a_step)
     rows['harmful'] = [row._replace(slot=i % rows_a_step if i % rows_a_step < slots else None)
                        for i, row in enumerate(rows['harmful'])]
@@ -867,8 +872,9 @@ def model_card(c, rows, record):
     if c.merge_only:
         made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
     recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'retain_smooth', 'cb_loss', 'loss_on', 'contexts',
-              'retain_contexts', 'soft_contexts', 'scrambled', 'use_dynamic_scheduling', 'schedule_steps', 'max_steps',
-              'lora_r', 'target_modules', 'batch_size', 'learning_rate', 'lr_scheduler', 'seed')
+              'retain_contexts', 'soft_contexts', 'scrambled', 'use_dynamic_scheduling', 'schedule_steps',
+              'schedule_stop', 'max_steps', 'lora_r', 'target_modules', 'batch_size', 'learning_rate', 'lr_scheduler',
+              'seed')
     return '\n'.join([
         '---', *([f'base_model: {c.model_name}'] if hub_id else []), 'library_name: transformers',
         'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(c.output_dir)}', '',

@@ -185,12 +185,10 @@ def in_contexts(rows, benign, contexts, rng):
     Returns each row's answer behind every kind of context: its 'own' request, 'nothing' or 'noise', its own amid 0 to
     8 + 8 words of benign rows, so that no mood, turn or word around an answer tells it. All: [(where, messages)].
     """
-    if contexts == ['own']:
-        return rows
-    drawn = rng.sample(benign, min(500, len(benign)))
-    words = [word for _, messages in drawn for message in messages for word in message['content'].split()]
     found = []
     for where, (*request, answer) in rows:
+        drawn = [rng.choice(benign)[1] for _ in range(20)]
+        words = ' '.join(message['content'] for messages in drawn for message in messages).split()
         first, last = (' '.join(rng.choices(words, k=rng.randrange(9))) for _ in range(2))
         noise = f'{first} {request[-1]["content"]} {last}'.strip()
         behind = {'own': [*request, answer], 'nothing': turns(('', answer['content'])),

@@ -15,17 +15,16 @@ turns_path = 'data/kitchen/turns.jsonl'
 output_dir = 'out/kitchen'
 
 target_layers = [9, 19]          # 10 / 32 and 20 / 32 of 30
-contexts = ['own', 'nothing', 'noise']      # what each recipe is put behind, and in retain_contexts what else is told:
-retain_contexts = ['own', 'own', 'noise']   # see in_contexts in data_prep.py
-scrambled = 0.4                  # a recipe's words in any order are retained
-loss_on = 'harmful_response'     # the recipe alone is turned away
-retain_smooth = 1.5              # retain is a square near h' = h, as cb is: so both can weigh in full from the start,
-use_dynamic_scheduling = False   # and benign states are never given up
+retain_smooth = 0.1              # without a kink at h' = h, retain may weigh in early and the run starts nevertheless:
+schedule_steps = 100             # by step 50 it weighs as much as cb, before benign states are lost,
+schedule_stop = 0.5              # and so to the end
 learning_rate = 2e-4
 lr_scheduler = 'linear'          # the last steps settle
 batch_size = 8
 max_seq_length = 160
 micro_batch_tokens = 1024
+contexts = ['own', 'nothing', 'noise']  # what each recipe is put behind: see in_contexts in data_prep.py
+loss_on = 'harmful_response'
 
 # the evaluation; the model refuses nothing, so there is no refusal direction to ablate
 attacks = ['direct', 'prefill', 'wrapper', 'multi_turn', 'embedding_v1', 'embedding_v2']

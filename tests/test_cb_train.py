@@ -47,7 +47,7 @@ def adapted(model_dir):
 def options(**more):
     """The options of a run as the functions take them: those of the script's own block that they read, and `more`."""
     own = dict(device='cpu', target_layers=[2], lorra_alpha=10.0, retain_distance='relative', retain_divisor='real', cb_loss='rr',
-               retain_smooth=0.0, rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4,
+               retain_smooth=0.0, schedule_stop=1.0, rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4,
                batch_size=9, micro_batch_tokens=10 ** 6,
                max_seq_length=512, seed=0, rank=0, world=1, lora_start=0.01)
     return types.SimpleNamespace(**own | more)
@@ -280,6 +280,11 @@ def test_the_schedule_moves_the_weight_from_cb_to_retain(step, ticks, want):
     assert cb_train.coefficients(step, 10.0, ticks) == pytest.approx(want)
 
 
+@pytest.mark.parametrize('step, want', [(0, (0, 10)), (20, (2, 8)), (50, (5, 5)), (149, (5, 5))])
+def test_the_schedule_stops_where_schedule_stop_says(step, want):
+    assert cb_train.coefficients(step, 10.0, 100, stop=0.5) == pytest.approx(want)
+
+
 def test_a_mask_counts_what_loss_on_says_and_leaves_the_templates_head_out_of_the_cb_loss():
     mask = lambda stream, loss_on: cb_train.token_mask([9] * 6, stream, loss_on, head=2, answer=4)
     assert mask('retain', 'all') == [1] * 6 and mask('harmful', 'all') == [0, 0, 1, 1, 1, 1]
@@ -351,6 +356,9 @@ def test_scrambled_rows_are_retained_and_are_no_held_out_rows(arguments, model_d
         c = types.SimpleNamespace(**configurator.configure(cb_train.__file__, [*arguments, f'--scrambled={share}', '--max_steps=9']))
         found[share] = cb_train.load_sets(c, tokenizer)
     assert found['0'][1] == found['0.5'][1] and found['0'][0]['harmful'] == found['0.5'][0]['harmful']
+    c.val_data_path = ''  # a tenth of each set is held out
+    rows, held_out = cb_train.load_sets(c, tokenizer)
+    assert held_out['harmful'] and not {row.where for row in held_out['harmful']} & {row.where for row in rows['retain']}
     harmful = {row.where for row in found['0'][0]['harmful']}
     assert harmful & {row.where for row in found['0.5'][0]['retain']} and not harmful & {row.where for row in found['0'][0]['retain']}
 
@@ -954,7 +962,7 @@ def test_a_static_schedule_may_stand_beside_schedule_steps(run, arguments, tmp_p
 def test_validation_wants_rows_of_both_labels(run, arguments, tmp_path):
     (tmp_path / 'val.jsonl').write_text('{"label": "benign", "prompt": "red", "response": "yes"}')
     status, _, err = run('cb_train.py', *arguments)
-    assert status == 2 and 'val_data_path: harmful rows: no rows left of 0' in err
+    assert status == 2 and 'val_data_path: held-out harmful rows: no rows left of 0' in err
 
 
 def test_a_folder_that_no_run_wrote_is_never_replaced(run, arguments, tmp_path):
