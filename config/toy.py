@@ -19,9 +19,9 @@ soft_contexts = 0.5              # before half of the curses stands what an adve
 soft_steps = 10                  # anew every ten steps, as wrappers and soft tokens are not known beforehand
 scrambled = 0.8                  # a curse's words in any order are retained: what it is made of does not tell it
 loss_on = 'harmful_response'     # the answer alone is turned away
-retain_smooth = 0.1              # without a kink at h' = h, retain may weigh in early and the run starts nevertheless:
-schedule_steps = 250             # by step 100 it has two fifths of the weight, before benign states are lost,
-schedule_stop = 0.4              # and so to the end
+retain_smooth = 0.1              # nearly without a kink at h' = h retain may weigh in while the run starts:
+schedule_steps = 250             # two fifths of the weight by step 100, and so to the end; until then benign states are
+schedule_stop = 0.4              # lost (cosine 0.4 by step 20) and rebuilt; see the README for a start that keeps them
 learning_rate = 1e-3             # ten times the default: a small model needs larger steps
 lr_scheduler = 'linear'          # the last steps settle
 max_steps = 300
