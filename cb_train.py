@@ -793,7 +793,7 @@ def check_same_run(path, found, wanted):
 
 def check_options(c):
     """Ends with one line if the options contradict each other or the number of ranks."""
-    for name in ('target_layers', 'target_modules', 'contexts', 'output_dir'):
+    for name in ('target_layers', 'target_modules', 'contexts', 'retain_contexts', 'output_dir'):
         if not getattr(c, name):
             fail(f'an empty {name} found, at least one wanted')
     for name in ('target_layers', 'target_modules', 'layers_to_transform'):
@@ -832,32 +832,33 @@ def load_sets(c, tokenizer):
         'retain': load_rows(c.retain_data_path, benign, 'train_sft', c.num_retain_examples, c.seed, 'retain_data_path'),
         'harmful': load_rows(c.cb_data_path, harmful, 'train', c.num_cb_examples, c.seed, 'cb_data_path')}
     val_rows = load_rows(c.val_data_path, labelled, option='val_data_path') if c.val_data_path else []
-    held, rows, held_out, rows_a_step = {}, {}, {}, c.batch_size * c.gradient_accumulation_steps
+    held, held_from, rows, held_out, rows_a_step = {}, {}, {}, {}, c.batch_size * c.gradient_accumulation_steps
     for name, conversations in sets.items():
         label = {'retain': 'benign', 'harmful': 'harmful'}.get(name)  # of its rows in val_data_path
         held[name] = [(where, messages) for where, (its_label, messages) in val_rows if its_label == label]
+        held_from[name] = f'val_data_path: {label}'
         if not c.val_data_path or not label:
+            held_from[name] = f'held-out {name} rows'
             tenth = min(60, math.ceil(len(conversations) / 10))
             held[name] = random.Random(f'{c.seed} val').sample(conversations, tenth)
             texts = [messages for _, messages in held[name]]
             sets[name] = [row for row in conversations if row[1] not in texts] or conversations
-    told, plain = sets['harmful'], sets['retain']
+    harmful_rows, benign_rows = sets['harmful'], sets['retain']
     for name, option in (('harmful', 'contexts'), ('retain', 'retain_contexts')):
         contexts, rng = getattr(c, option), random.Random(f'{c.seed} {option}')
         if contexts != ['own']:
-            sets[name] = in_contexts(sets[name], plain, contexts, rng)
-            held[name] = rng.sample(in_contexts(held[name], plain, contexts, rng), len(held[name]))
+            sets[name] = in_contexts(sets[name], benign_rows, contexts, rng)
+            held[name] = rng.sample(in_contexts(held[name], benign_rows, contexts, rng), len(held[name]))
     extra, rng = round(c.scrambled * len(sets['retain'])), random.Random(f'{c.seed} scrambled')
-    sets['retain'] = sets['retain'] + scrambled_rows(told, sets['retain'], extra, rng)
+    sets['retain'] = sets['retain'] + scrambled_rows(harmful_rows, sets['retain'], extra, rng)
 
     for name, conversations in sets.items():
         def to_row(messages, where):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
             return Row(ids, token_mask(ids, name, c.loss_on, head, answer), where)
-        held_from = f'val_data_path: held-out {name} rows' if c.val_data_path else f'held-out {name} rows'
         rows[name] = rows_of_run(conversations, c.max_steps * rows_a_step, f'{c.seed} {name}', to_row, f'{name} rows')
-        held_out[name] = rows_of_run(held[name], len(held[name]), f'{c.seed} {name}', to_row, held_from)
+        held_out[name] = rows_of_run(held[name], len(held[name]), f'{c.seed} {name}', to_row, held_from[name])
     slots = round(c.soft_contexts * rows_a_step)
     rows['harmful'] = [row._replace(slot=i % rows_a_step if i % rows_a_step < slots else None)
                        for i, row in enumerate(rows['harmful'])]

@@ -920,7 +920,7 @@ def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, 
     (['--device=tpu'], ['device=tpu']), (['--device=cuda:x'], ['device=cuda:x']), (['--dtype=int8'], ['dtype=int8']),
     (['--gradient_checkpointing=maybe'], ['True or False']), (['--max_setps=3'], ['did you mean max_steps']),
     (['--retain_data_path=no/set'], ['no/set']), (['--target_layers='], ['target_layers']), (['--target_layers=1,1'], ['twice']),
-    (['--cb_lengths=4'], ['cb_lengths']), (['--contexts=own,all'], ['contexts', 'own, nothing or noise']),
+    (['--retain_contexts='], ['empty retain_contexts']), (['--cb_lengths=4'], ['cb_lengths']), (['--contexts=own,all'], ['contexts', 'own, nothing or noise']),
     (['--soft_contexts=0.5'], ['loss_on=all', 'loss_on=harmful_response']), (['--soft_contexts=2'], ['soft_contexts', 'at most 1']),
     (['--soft_contexts=0.01', '--loss_on=harmful_response'], ['0 such rows a step']), (['--soft_steps=0'], ['soft_steps'])])
 def test_a_mistake_is_one_line_and_status_2_before_anything_is_written(run, arguments, tmp_path, more, words):
@@ -962,7 +962,7 @@ def test_a_static_schedule_may_stand_beside_schedule_steps(run, arguments, tmp_p
 def test_validation_wants_rows_of_both_labels(run, arguments, tmp_path):
     (tmp_path / 'val.jsonl').write_text('{"label": "benign", "prompt": "red", "response": "yes"}')
     status, _, err = run('cb_train.py', *arguments)
-    assert status == 2 and 'val_data_path: held-out harmful rows: no rows left of 0' in err
+    assert status == 2 and 'val_data_path: harmful: no rows left of 0' in err
 
 
 def test_a_folder_that_no_run_wrote_is_never_replaced(run, arguments, tmp_path):
