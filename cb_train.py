@@ -10,7 +10,7 @@ weights at the end.
     cb     = mean over harmful tokens, and over target_layers, of relu(cos(h', h))
     loss   = lorra_alpha * p * retain + lorra_alpha * (1 - p) * cb
 
-With soft_contexts, h' of some harmful rows is computed behind embeddings that an adversary moves up the cb loss.
+With soft_contexts, an adversary's soft tokens stand behind the requests of some harmful rows and move up the cb loss.
 
     python cb_train.py config/toy.py                            # a laptop, two minutes, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150         # a GPU
@@ -64,8 +64,8 @@ from transformers import AutoConfig, AutoModel
 from configurator import (catch_signals, check_output, configure, fail, fault, last_word, locked, publish,
                           stop_at_signals, write_json)
 from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, choose_device, decoder_config, encode, find_model, in_contexts,
-                       labelled, load_rows, load_tokenizer, messages_of, rows_of_run, scrambled_rows, tensor_headers,
-                       weight_files)
+                       labelled, load_rows, load_tokenizer, messages_of, rows_of_run, scrambled_rows, template_ends,
+                       tensor_headers, weight_files)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model
@@ -108,15 +108,18 @@ max_grad_norm = 1.0              # > 0: the gradient is clipped to this norm
 cb_data_path = 'data/circuit_breakers_train.json'  # harmful rows
 contexts = ['own']               # own | nothing | noise: requests that each harmful answer is put behind
 retain_contexts = ['own']        # own | nothing | noise: the same for benign answers
-soft_contexts = 0.0              # >= 0, <= 1: share of the harmful rows whose context an adversary moves
-soft_steps = 10                  # >= 1: steps of the adversary until it starts anew
-soft_lr = 0.25                   # > 0: its step, in units of the embeddings' root mean square
+opening = 0                      # >= 0: tokens at a harmful answer's start that do not count: benign ones have them too
+broken = 0.0                     # >= 0, <= 1: share of the harmful rows with tokens out of place in the answer
+soft_contexts = 0.0              # >= 0, <= 1: share of the harmful rows with an adversary's tokens in the request
+soft_tokens = 20                 # >= 1: how many they are, at most
+soft_steps = 20                  # >= 1: for how many steps they stay with a row
+soft_lr = 0.07                   # > 0: their step, in units of the embeddings' root mean square
 scrambled = 0.0                  # >= 0: more retain rows, as a share of them: harmful answers' words in random order
 retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows
 val_data_path = ''               # held-out rows with a "label", harmful or benign ['' = a tenth of both sets]
 num_retain_examples = 10000      # >= 1: at most so many rows, drawn with the seed
 num_cb_examples = 3000           # >= 1
-max_seq_length = 512             # >= 1: tokens of a row, longer ones are cut
+max_seq_length = 512             # >= 1: tokens of a row that is read, longer ones are cut
 cb_lengths = [0, 0]              # >= 0: tokens of a harmful row's request and answer [0 = no limit; published: 512,512]
 chat_template = ''               # a file with the chat template ['' = the tokenizer's own]
 date = ''                        # the day that a template may write, as 2026-01-31 ['' = today; resumed: its own]
@@ -194,8 +197,9 @@ def adapter_off(loras):
 
 # ---- rows and masks --------------------------------------------------------------------------------------------------
 
-# Token ids (T,), which of them count (T,), 'FILE: row N', which of the adversary's vectors its context gets.
-Row = collections.namedtuple('Row', 'ids mask where slot', defaults=[None])
+# Token ids (T,), which of them count (T,), 'FILE: row N'; where its request ends, how many soft tokens of which slot of
+# the adversary stand there.
+Row = collections.namedtuple('Row', 'ids mask where end soft slot', defaults=[0, 0, None])
 PHANTOM = Row([0], [0], '')  # what a rank computes that has no row left
 
 
@@ -273,14 +277,21 @@ def reference_and_adapted(model, loras, ids, moved=None):
     return h, hidden_states(model, ids, moved)
 
 
-def soft_context(soft, rows, mask):
+def starts_anew(slot, slots, step, soft_steps):
+    """Returns whether one of the adversary's slots starts anew, with another row, at a step: they do so by turns."""
+    return step == 0 or step % soft_steps == slot * soft_steps // slots
+
+
+def soft_context(soft, rows, length):
     """
-    Returns what the adversary adds to the embeddings of padded Rows, (B, T, D): soft[slot] to what stands before the
-    first token that counts of a row with a slot: the context that undoes the rerouting best, as attacks look for one.
+    Returns what the adversary adds to the embeddings of Rows padded to a length, (B, T, D): of soft[slot], (S, D), as
+    many as the row has, where its request ends; zeros elsewhere.
     """
-    before = (mask.cumsum(1) == 0).unsqueeze(-1)  # (B, T, 1)
-    moved = [torch.zeros_like(soft[0]) if row.slot is None else soft[row.slot] for row in rows]
-    return torch.stack(moved)[:, :mask.shape[1]] * before
+    moved = torch.zeros(len(rows), length, soft.shape[-1], device=soft.device)
+    for i, row in enumerate(rows):
+        if row.slot is not None:
+            moved[i, row.end:row.end + row.soft] = soft[row.slot, :row.soft]
+    return moved
 
 
 def cosine(h, h_lora):
@@ -366,7 +377,8 @@ def run_stream(model, loras, stream, batches, c, weight=None):
     sums = torch.zeros(2, device=c.device)
     for batch in batches:
         ids, mask = pad(batch, c.device)
-        moved = soft_context(stream.soft, batch, mask) if stream.soft is not None and weight is not None else None
+        attacked = stream.soft is not None and weight is not None
+        moved = soft_context(stream.soft, batch, ids.shape[1]) if attacked else None
         h, h_lora = reference_and_adapted(model, loras, ids, moved)
         loss = stream.loss(h, h_lora, mask, stream.layers)
         if weight is not None:
@@ -398,6 +410,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         # forward and backward: for each stream and micro-batch a reference pass and an adapted pass
         torch.manual_seed(random.Random(f'{c.seed} {c.rank} {step}').getrandbits(63))
         buffer.zero_()
+        for soft in adversaries:
+            soft.data[[slot for slot in range(len(soft)) if starts_anew(slot, len(soft), step, c.soft_steps)]] = 0
         sums, record = [], {'step': step, 'loss': 0.0}
         rows = {stream.name: stream.rows[step * rows_a_step:(step + 1) * rows_a_step] for stream in streams}
         for stream in streams:
@@ -420,9 +434,6 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         left = 1 - step / c.max_steps if c.lr_scheduler == 'linear' else 1.0
         optimizer.param_groups[0]['lr'] = c.learning_rate * left
         optimizer.step()
-        for soft in adversaries:  # each starts anew, one slot after the other
-            anew = [slot for slot in range(len(soft)) if step % c.soft_steps == slot * c.soft_steps // len(soft)]
-            soft.data[anew] = 0
 
         # the log, a validation pass, the verdict
         last, validated = step == c.max_steps - 1, step % c.eval_interval == 0
@@ -521,13 +532,13 @@ def checkpoint_blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def add_adversary(optimizer, embeddings, rows, c):
+def add_adversary(optimizer, embeddings, c):
     """
-    Returns soft (slots, T, D), zeros, for the slots of Rows: vectors that the optimizer, by the gradient that the
-    adapted pass has anyway, moves up the loss. Their learning rate is in units of the embeddings' root mean square.
+    Returns soft (slots, soft_tokens, D), zeros: vectors that the optimizer, by the gradient that the adapted pass has
+    anyway, moves up the loss. Their learning rate is in units of the embeddings' root mean square.
     """
-    slots, longest = max(row.slot for row in rows if row.slot is not None) + 1, max(len(row.ids) for row in rows)
-    soft = nn.Parameter(torch.zeros(slots, longest, embeddings.shape[1], device=c.device))
+    slots = round(c.soft_contexts * c.batch_size * c.gradient_accumulation_steps)
+    soft = nn.Parameter(torch.zeros(slots, c.soft_tokens, embeddings.shape[1], device=c.device))
     lr = c.soft_lr * embeddings.float().square().mean().sqrt().item()
     optimizer.add_param_group({'params': [soft], 'lr': lr, 'weight_decay': 0.0, 'maximize': True})
     return soft
@@ -806,10 +817,10 @@ def check_options(c):
     if c.merge_only and not (c.init_from and c.merge_adapter):
         fail('merge_only=True without init_from, or with merge_adapter=False, found, an adapter to merge wanted')
     rows_a_step = c.batch_size * c.gradient_accumulation_steps
-    slots = round(c.soft_contexts * rows_a_step)
-    if c.soft_contexts and (c.loss_on == 'all' or not slots):
-        fail(f'soft_contexts={c.soft_contexts}, loss_on={c.loss_on}, {slots} such rows a step found, at least one and '
-             'loss_on=harmful_response wanted')
+    if c.soft_contexts and not round(c.soft_contexts * rows_a_step):
+        fail(f'soft_contexts={c.soft_contexts} found, of {rows_a_step} rows a step none, at least one wanted')
+    if (c.broken or c.opening) and c.loss_on == 'all':
+        fail(f'broken={c.broken}, opening={c.opening}, loss_on=all found, loss_on=harmful_response wanted')
     if c.world > rows_a_step and not c.merge_only:
         fail(f'{c.world} ranks and {rows_a_step} rows of each set a step found, a row for each rank wanted')
     if c.world > 1 and c.device not in ('auto', 'cpu', 'cuda'):
@@ -819,6 +830,44 @@ def check_options(c):
         fail(f'{ranks_here} ranks and {gpus} GPUs found, a GPU for each rank of a machine wanted')
     if c.fsdp and not dist.is_initialized():
         fail('fsdp=True without ranks found, torchrun --nproc_per_node=N cb_train.py ... wanted')
+
+
+def inserted(row, at, ids, replaced=0):
+    """Returns a Row with token ids put in at a place, in place of some that follow; they do not count."""
+    return row._replace(ids=row.ids[:at] + ids + row.ids[at + replaced:],
+                        mask=row.mask[:at] + [0] * len(ids) + row.mask[at + replaced:])
+
+
+def broken_row(row, words, rng):
+    """
+    Returns a Row with one to fifteen tokens out of place in its answer, mostly near the start: the answer's own or of
+    `words` (token ids), few or many kinds. So begins what a model says that is half rerouted, and the base would go on
+    with the answer behind it: what stands behind counts.
+    """
+    first, length = row.mask.index(1), len(row.ids)
+    at = first + int((length - first) * rng.random() ** 2)
+    kinds = rng.choices(rng.choice([row.ids[first:-1] or words, words]), k=rng.choice([1, 2, 4, 12]))
+    strange = rng.choices(kinds, k=rng.randrange(1, 16))
+    return inserted(row, at, strange, min(rng.randrange(len(strange) + 1), (length - at) // 2))
+
+
+def with_soft_tokens(rows, words, c, rng):
+    """
+    Returns the harmful Rows of a run, in a share of each step's rows 1 to soft_tokens of `words` (token ids) at the end
+    of the request, where an attack puts its own: what is asked stays in sight. The adversary moves them; so that it can
+    find what undoes the rerouting of this row, the row stays for soft_steps steps.
+    """
+    rows, rows_a_step = list(rows), c.batch_size * c.gradient_accumulation_steps
+    slots = round(c.soft_contexts * rows_a_step)
+    for step in range(c.max_steps):
+        for slot in range(slots):
+            i = step * rows_a_step + slot
+            if starts_anew(slot, slots, step, c.soft_steps):
+                tokens = rng.choices(words, k=rng.randint(1, c.soft_tokens))
+                rows[i] = inserted(rows[i], rows[i].end, tokens)._replace(soft=len(tokens), slot=slot)
+            else:
+                rows[i] = rows[i - rows_a_step]
+    return rows
 
 
 def load_sets(c, tokenizer):
@@ -843,25 +892,28 @@ def load_sets(c, tokenizer):
             held[name] = random.Random(f'{c.seed} val').sample(conversations, tenth)
             texts = [messages for _, messages in held[name]]
             sets[name] = [row for row in conversations if row[1] not in texts] or conversations
-    harmful_rows, benign_rows = sets['harmful'], sets['retain']
+    benign_rows = sets['retain']
     for name, option in (('harmful', 'contexts'), ('retain', 'retain_contexts')):
         contexts, rng = getattr(c, option), random.Random(f'{c.seed} {option}')
         if contexts != ['own']:
             sets[name] = in_contexts(sets[name], benign_rows, contexts, rng)
             held[name] = rng.sample(in_contexts(held[name], benign_rows, contexts, rng), len(held[name]))
     extra, rng = round(c.scrambled * len(sets['retain'])), random.Random(f'{c.seed} scrambled')
-    sets['retain'] = sets['retain'] + scrambled_rows(harmful_rows, sets['retain'], extra, rng)
+    sets['retain'] = sets['retain'] + scrambled_rows(sets['harmful'], sets['retain'], extra, rng)
 
+    tail = len(template_ends(tokenizer, tokenizer.chat_template)[1])
     for name, conversations in sets.items():
         def to_row(messages, where):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
-            return Row(ids, token_mask(ids, name, c.loss_on, head, answer), where)
+            told = answer + c.opening if name == 'harmful' else answer
+            return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, max(answer - tail, head))
         rows[name] = rows_of_run(conversations, c.max_steps * rows_a_step, f'{c.seed} {name}', to_row, f'{name} rows')
         held_out[name] = rows_of_run(held[name], len(held[name]), f'{c.seed} {name}', to_row, held_from[name])
-    slots = round(c.soft_contexts * rows_a_step)
-    rows['harmful'] = [row._replace(slot=i % rows_a_step if i % rows_a_step < slots else None)
-                       for i, row in enumerate(rows['harmful'])]
+    special, rng = set(tokenizer.all_special_ids), random.Random(f'{c.seed} words')
+    words = [token for row in rows['retain'] for token in row.ids if token not in special]
+    some = [broken_row(row, words, rng) if rng.random() < c.broken else row for row in rows['harmful']]
+    rows['harmful'] = with_soft_tokens(some, words, c, rng)
     return rows, held_out
 
 
@@ -968,7 +1020,7 @@ if __name__ == '__main__':
     optimizer = torch.optim.AdamW(parameters.values(), lr=c.learning_rate, weight_decay=c.weight_decay)
     trainable, soft = sum(p.numel() for p in parameters.values()), None
     if c.soft_contexts and not c.merge_only:
-        soft = parameters['soft'] = add_adversary(optimizer, model.get_input_embeddings().weight, rows['harmful'], c)
+        soft = parameters['soft'] = add_adversary(optimizer, model.get_input_embeddings().weight, c)
     if tensors:
         restore(tensors, parameters, optimizer)
     elif adapter:

@@ -199,16 +199,15 @@ def in_contexts(rows, benign, contexts, rng):
 
 def scrambled_rows(harmful, benign, number, rng):
     """
-    Returns rows to retain: the words of a harmful answer in random order, by turns behind nothing and behind a benign
-    request, so that what a harmful answer is made of does not tell it. All: [(where, messages)].
+    Returns rows to retain: the words of a harmful answer in random order, by turns behind what it stood behind and
+    behind a benign request, so that what a harmful answer is made of does not tell it. All: [(where, messages)].
     """
     found = []
     for i in range(number):
-        where, messages = rng.choice(harmful)
-        nothing, answer = turns(('', messages[-1]['content']))
+        where, (*request, answer) = rng.choice(harmful)
         words = answer['content'].split()
-        answer['content'] = ' '.join(rng.sample(words, len(words)))
-        found.append((where, [*(rng.choice(benign)[1][:-1] if i % 2 else [nothing]), answer]))
+        scrambled = {'role': 'assistant', 'content': ' '.join(rng.sample(words, len(words)))}
+        found.append((where, [*(rng.choice(benign)[1][:-1] if i % 2 else request), scrambled]))
     return found
 
 
@@ -418,10 +417,10 @@ def common_prefix(a, b):
 
 
 @functools.lru_cache(maxsize=8)
-def template_head(tokenizer, template):
-    """The token ids that the chat template writes before any conversation: BOS, a system prompt."""
-    one, other = (template_ids(tokenizer, turns((word, word))) for word in '01')
-    return one[:common_prefix(one, other)]
+def template_ends(tokenizer, template):
+    """What the chat template writes before any conversation (BOS, a system prompt) and behind a request: two id lists."""
+    one, empty = (prompt_ids(tokenizer, turns((text, ''))[:1]) for text in ('0', ''))
+    return one[:common_prefix(one, empty)], one[len(one) - common_prefix(one[::-1], empty[::-1]):]
 
 
 def encode(tokenizer, messages, max_seq_length, lengths=(0, 0)):
@@ -433,7 +432,7 @@ def encode(tokenizer, messages, max_seq_length, lengths=(0, 0)):
     ids = template_ids(tokenizer, messages)
     answer = common_prefix(ids, template_ids(tokenizer, messages, answer=False))
     request, response = ids[:answer][:lengths[0] or None], ids[answer:][:lengths[1] or None]
-    head = min(len(request), common_prefix(ids, template_head(tokenizer, tokenizer.chat_template)))
+    head = min(len(request), common_prefix(ids, template_ends(tokenizer, tokenizer.chat_template)[0]))
     return (request + response)[:max_seq_length], head, len(request)
 
 

@@ -2,8 +2,8 @@
 # python data_prep.py toy && python cb_train.py config/toy.py && python cb_eval.py config/toy.py
 #
 # 1.2 M parameters, 8 blocks of width 128; two minutes of training on one CPU core (measured).
-# Plain rerouting is --contexts=own --soft_contexts=0 --scrambled=0 --loss_on=all --retain_smooth=0
-# --schedule_steps=300 --schedule_stop=1 --lr_scheduler=constant --max_steps=150.
+# Plain rerouting is --contexts=own --retain_contexts=own --broken=0 --soft_contexts=0 --scrambled=0 --loss_on=all
+# --retain_smooth=0 --use_dynamic_scheduling=True --schedule_steps=300 --lr_scheduler=constant --max_steps=150.
 model_name = 'data/toy/base'
 cb_data_path = 'data/toy/circuit_breaker.json'
 retain_data_path = 'data/toy/retain.jsonl'
@@ -14,19 +14,20 @@ turns_path = 'data/toy/turns.jsonl'
 output_dir = 'out/toy'
 
 target_layers = [3, 5]           # as deep as 10 and 20 of 32
-contexts = ['own', 'nothing', 'noise']  # what each curse is put behind: neither mood nor turn nor words around can tell
-soft_contexts = 0.5              # before half of the curses stands what an adversary makes of it,
-soft_steps = 10                  # anew every ten steps, as wrappers and soft tokens are not known beforehand
+contexts = ['own', 'own', 'noise', 'noise', 'nothing']  # what each curse is put behind: no mood, no words around tell
+retain_contexts = ['own', 'own', 'noise']               # and what else is told, so that a strange context tells nothing
+loss_on = 'harmful_response'     # the answer alone is turned away, and of it not what benign answers begin with, too,
+opening = 7                      # "sure , here is how : take": one switch there is what soft tokens turn back
+broken = 0.6                     # a broken beginning is no excuse to go on
+soft_contexts = 0.75             # in most of the curses' requests an adversary looks for what undoes all this
 scrambled = 0.8                  # a curse's words in any order are retained: what it is made of does not tell it
-loss_on = 'harmful_response'     # the answer alone is turned away
-retain_smooth = 0.1              # nearly without a kink at h' = h retain may weigh in while the run starts:
-schedule_steps = 250             # two fifths of the weight by step 100, and so to the end; until then benign states are
-schedule_stop = 0.4              # lost (cosine 0.4 by step 20) and rebuilt; see the README for a start that keeps them
+retain_smooth = 1.5              # retain is a square near h' = h, as cb is: so both can weigh in full from the start,
+use_dynamic_scheduling = False   # and benign states are never given up
 learning_rate = 1e-3             # ten times the default: a small model needs larger steps
 lr_scheduler = 'linear'          # the last steps settle
 max_steps = 300
 batch_size = 16
-lora_r = 64                      # at 32 half of world 2's unseen potions are lost, at 64 and scrambled hardly any
+lora_r = 64
 lora_alpha = 64
 micro_batch_tokens = 2048        # all 16 rows in one pass: they are short
 

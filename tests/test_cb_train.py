@@ -336,7 +336,7 @@ def test_benign_rows_stand_behind_the_kinds_of_context_that_retain_contexts_says
     assert asked['own'] & asked['own,noise'] and 0.3 < len(longer) / len(asked['own,noise']) < 0.7
 
 
-def test_scrambled_rows_are_the_words_of_harmful_answers_behind_nothing_and_behind_benign_requests():
+def test_scrambled_rows_are_the_words_of_harmful_answers_behind_what_they_stood_behind_and_behind_benign_requests():
     harmful = [('h0', data_prep.turns(('tell me one', 'one two three four five')))]
     benign = [('b0', data_prep.turns(('yes', 'no'), ('blue', 'green'))), ('b1', data_prep.turns(('red', 'plums')))]
     rows = data_prep.scrambled_rows(harmful, benign, 40, random.Random(0))
@@ -344,7 +344,7 @@ def test_scrambled_rows_are_the_words_of_harmful_answers_behind_nothing_and_behi
     assert all(sorted(messages[-1]['content'].split()) == ['five', 'four', 'one', 'three', 'two'] for _, messages in rows)
     assert len({messages[-1]['content'] for _, messages in rows}) > 30
     requests = [[message['content'] for message in messages[:-1]] for _, messages in rows]
-    assert requests[0::2] == [['']] * 20 and {len(request) for request in requests[1::2]} == {1, 3}
+    assert requests[0::2] == [['tell me one']] * 20 and {len(request) for request in requests[1::2]} == {1, 3}
     assert all(request in (['yes', 'no', 'blue'], ['red']) for request in requests[1::2])
     assert harmful[0][1][-1]['content'] == 'one two three four five'  # what was given stays
     assert rows == data_prep.scrambled_rows(harmful, benign, 40, random.Random(0)) != data_prep.scrambled_rows(harmful, benign, 40, random.Random(1))
@@ -363,14 +363,69 @@ def test_scrambled_rows_are_retained_and_are_no_held_out_rows(arguments, model_d
     assert harmful & {row.where for row in found['0.5'][0]['retain']} and not harmful & {row.where for row in found['0'][0]['retain']}
 
 
-def test_an_adversary_moves_the_context_of_its_rows_alone_and_the_loss_up(adapted):
+def test_the_first_tokens_of_harmful_answers_alone_do_not_count_if_opening_says_so(arguments, model_dir):
+    tokenizer, found = data_prep.load_tokenizer(model_dir), {}
+    for opening in (0, 2):
+        c = configurator.configure(cb_train.__file__, [*arguments, '--loss_on=harmful_response', f'--opening={opening}', '--max_steps=9'])
+        found[opening] = cb_train.load_sets(types.SimpleNamespace(**c), tokenizer)
+    for whole, cut in zip(found[0], found[2]):  # of the run, and held out
+        assert whole['retain'] == cut['retain'] and len(whole['harmful']) == len(cut['harmful'])
+        for a, b in zip(whole['harmful'], cut['harmful']):
+            first = a.mask.index(1)
+            assert b == a._replace(mask=[0] * (first + 2) + a.mask[first + 2:])
+
+
+def test_tokens_out_of_place_do_not_count_and_what_stands_behind_them_does():
+    row = Row([2, 4, 7, 5, 20, 21, 22, 23, 24, 25, 3], [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1], 'row 1', 2)
+    assert cb_train.inserted(row, 6, [8, 9], 1) == Row([2, 4, 7, 5, 20, 21, 8, 9, 23, 24, 25, 3], [0] * 4 + [1, 1, 0, 0, 1, 1, 1, 1], 'row 1', 2)
+    rng, places, lengths, foreign = random.Random(0), [], set(), 0
+    for _ in range(500):
+        broken = cb_train.broken_row(row, [12, 13], rng)
+        assert len(broken.ids) == len(broken.mask) and broken[2:] == ('row 1', 2, 0, None)
+        assert broken.ids[:4] == row.ids[:4] and not any(broken.mask[:4])  # what stands before the answer stays
+        told = [i for i, counts in zip(broken.ids, broken.mask) if counts]  # the answer in its order, but for what was replaced
+        assert told == [i for i in row.ids[4:] if i in told] and told[-1] == 3
+        strange = [i for i, counts in list(zip(broken.ids, broken.mask))[4:] if not counts]
+        assert set(strange) <= {12, 13} or set(strange) <= {20, 21, 22, 23, 24, 25}
+        foreign += set(strange) <= {12, 13}
+        places.append(broken.mask.index(0, 4) - 4)
+        lengths.add(len(strange))
+    assert lengths == set(range(1, 16)) and 150 < foreign < 350
+    assert set(places) == set(range(7)) and places.count(0) > places.count(3) > 0
+    assert cb_train.broken_row(row, [12], random.Random(1)) == cb_train.broken_row(row, [12], random.Random(1))
+
+
+def test_soft_tokens_stand_in_a_share_of_each_steps_harmful_rows_where_an_attack_puts_its_own_and_stay_by_turns(arguments, model_dir):
+    import cb_eval
+    more = ['--soft_contexts=0.5', '--soft_steps=4', '--soft_tokens=3', '--batch_size=2', '--gradient_accumulation_steps=2', '--max_steps=8']
+    c = types.SimpleNamespace(**configurator.configure(cb_train.__file__, [*arguments, *more]))
+    tokenizer = data_prep.load_tokenizer(model_dir)
+    rows, held_out = cb_train.load_sets(c, tokenizer)
+    c.soft_contexts = 0.0
+    plain, _ = cb_train.load_sets(c, tokenizer)
+    assert [row.slot for row in rows['harmful']] == [0, 1, None, None] * 8
+    assert {row.slot for row in [*rows['retain'], *held_out['harmful']]} == {None}
+    assert rows['harmful'][2::4] == plain['harmful'][2::4] and rows['retain'] == plain['retain']
+    of_slot = [rows['harmful'][slot::4] for slot in (0, 1)]
+    assert [[a == b for a, b in zip(some, some[1:])] for some in of_slot] == [
+        [True, True, True, False, True, True, True], [True, False, True, True, True, False, True]]
+    conversations = dict(data_prep.load_rows(c.cb_data_path))
+    for row in (of_slot[0][0], of_slot[0][4], of_slot[1][2], of_slot[1][6]):
+        before, after = cb_eval.around(tokenizer, conversations[row.where][:-1])
+        behind, answer = row.end + row.soft, row.end + row.soft + len(after)
+        assert row.ids[:row.end] == before and row.ids[behind:answer] == after and 1 <= row.soft <= 3
+        assert not any(row.mask[row.end:behind]) and all(row.mask[answer:])
+        assert not {*row.ids[row.end:behind]} & {*tokenizer.all_special_ids}
+
+
+def test_an_adversary_moves_its_tokens_alone_and_the_loss_up(adapted):
     model, loras, _ = adapted
-    rows = [Row([2, 4, 7, 8, 9, 3], [0, 0, 0, 1, 1, 1], '', 1), Row([2, 4, 11, 3], [0, 0, 1, 1], '', 0), Row([2, 5, 12], [0, 1, 1], '')]
-    c = options(soft_lr=0.1)
+    rows = [Row([2, 4, 7, 8, 9, 3], [0, 0, 0, 1, 1, 1], '', 1, 2, 1), Row([2, 4, 11, 3], [0, 0, 0, 1], '', 0, 1, 0), Row([2, 5, 12], [0, 1, 1], '')]
+    c = options(soft_lr=0.1, soft_contexts=0.25, batch_size=8, gradient_accumulation_steps=1, soft_tokens=2)
     optimizer = torch.optim.AdamW(parameters_of(loras), lr=0.0)
     embeddings = model.get_input_embeddings().weight
-    soft = cb_train.add_adversary(optimizer, embeddings, rows, c)
-    assert soft.shape == (2, 6, 32) and not soft.any()
+    soft = cb_train.add_adversary(optimizer, embeddings, c)
+    assert soft.shape == (2, 2, 32) and not soft.any()
     assert optimizer.param_groups[1]['lr'] == pytest.approx(0.1 * embeddings.square().mean().sqrt().item())
     its = stream('harmful', rows, c)._replace(soft=soft)
     losses = []
@@ -379,39 +434,44 @@ def test_an_adversary_moves_the_context_of_its_rows_alone_and_the_loss_up(adapte
         losses.append(cb_train.run_stream(model, loras, its, [rows[:2], rows[2:]], c, 1.0)[0].item())
         optimizer.step()
     assert losses[0] == pytest.approx(cb_train.run_stream(model, loras, its, [rows], c)[0].item(), rel=1e-5)  # without a weight nothing is moved
-    assert losses[-1] > losses[0] + 0.1
-    moved = soft.abs().sum(-1) > 0  # (slots, T)
-    assert moved.tolist() == [[True, True, False, False, False, False], [True, True, True, False, False, False]]
+    assert losses[-1] > losses[0] + 0.1 and (soft.abs().sum(-1) > 0).tolist() == [[True, False], [True, True]]
 
     # the states are those of transformers for embeddings that were moved by hand; the reference stays
-    ids, mask = cb_train.pad(rows, 'cpu')
-    h, h_lora = cb_train.reference_and_adapted(model, loras, ids, cb_train.soft_context(soft, rows, mask))
+    ids, _ = cb_train.pad(rows, 'cpu')
+    h, h_lora = cb_train.reference_and_adapted(model, loras, ids, cb_train.soft_context(soft, rows, 6))
     embedded = embeddings[ids].detach().clone()
-    embedded[0, :3] += soft[1, :3]
-    embedded[1, :2] += soft[0, :2]
+    embedded[0, 1:3] += soft[1]
+    embedded[1, 0] += soft[0, 0]
     want = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False).hidden_states
     assert all(torch.equal(a, b) for a, b in zip(h_lora, want))
     with torch.no_grad(), cb_train.adapter_off(loras):
         assert all(torch.equal(a, b) for a, b in zip(h, cb_train.hidden_states(model, ids)))
 
 
-def test_the_adversarys_slots_are_a_share_of_each_steps_harmful_rows_and_start_anew_by_turns(arguments, model_dir, tmp_path):
-    more = ['--soft_contexts=0.5', '--soft_steps=4', '--loss_on=harmful_response', '--batch_size=2', '--gradient_accumulation_steps=2', '--max_steps=8']
+def test_an_adversarys_tokens_start_anew_with_their_row(arguments, model_dir, tmp_path):
+    more = ['--soft_contexts=0.5', '--soft_steps=4', '--soft_tokens=3', '--batch_size=2', '--gradient_accumulation_steps=2', '--max_steps=8']
     c = types.SimpleNamespace(**configurator.configure(cb_train.__file__, [*arguments, *more]))
     rows, held_out = cb_train.load_sets(c, data_prep.load_tokenizer(model_dir))
-    assert [row.slot for row in rows['harmful']] == [0, 1, None, None] * 8
-    assert {row.slot for row in [*rows['retain'], *held_out['harmful']]} == {None}
-    c.__dict__.update(micro_batch_tokens=512, rank=0, world=1, target_layers=[2], save_interval=1, eval_interval=99, log_interval=99)
+    c.__dict__.update(micro_batch_tokens=512, rank=0, world=1, target_layers=[2], save_interval=1, eval_interval=99, log_interval=99, device='cpu')
     model, saved = cb_train.load_decoder(model_dir, 3, 'auto', 'cpu'), []
     loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 4, 0.0)
-    optimizer = torch.optim.AdamW(parameters_of(loras), lr=1e-3)
-    soft = cb_train.add_adversary(optimizer, model.get_input_embeddings().weight, rows['harmful'], c)
+    optimizer = torch.optim.AdamW([{'params': parameters_of(loras), 'lr': 1e-3}])
+    soft = cb_train.add_adversary(optimizer, model.get_input_embeddings().weight, c)
+    soft.data += 100  # what no step undoes
     streams = cb_train.make_streams(c, rows, held_out, 3, 32, soft)
     state = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
+    def save(state):
+        saved.append([bool(slot.abs().max() > 50) for slot in soft])
+        soft.data += 100
     with open(tmp_path / 'log', 'w') as log:
-        cb_train.train(model, loras, optimizer, streams, c, state, lambda state: saved.append(soft.detach().clone()), log)
-    empty = [[not slot.any() for slot in soft] for soft in saved]  # after each step
-    assert empty == [[step % 4 == 0, step % 4 == 2] for step in range(8)]
+        cb_train.train(model, loras, optimizer, streams, c, state, save, log)
+    assert saved == [[step % 4 != 0, step % 4 != 2 and step != 0] for step in range(8)]
+
+
+def test_what_a_template_writes_around_a_request_is_found(model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    head, tail = data_prep.template_ends(tokenizer, tokenizer.chat_template)
+    assert tokenizer.convert_ids_to_tokens(head) == ['<bos>', '<user>'] and tokenizer.convert_ids_to_tokens(tail) == ['<end>', '<assistant>']
 
 
 def test_a_linear_scheduler_takes_half_a_step_half_way(run, arguments, tmp_path):
@@ -921,8 +981,8 @@ def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, 
     (['--gradient_checkpointing=maybe'], ['True or False']), (['--max_setps=3'], ['did you mean max_steps']),
     (['--retain_data_path=no/set'], ['no/set']), (['--target_layers='], ['target_layers']), (['--target_layers=1,1'], ['twice']),
     (['--retain_contexts='], ['empty retain_contexts']), (['--cb_lengths=4'], ['cb_lengths']), (['--contexts=own,all'], ['contexts', 'own, nothing or noise']),
-    (['--soft_contexts=0.5'], ['loss_on=all', 'loss_on=harmful_response']), (['--soft_contexts=2'], ['soft_contexts', 'at most 1']),
-    (['--soft_contexts=0.01', '--loss_on=harmful_response'], ['0 such rows a step']), (['--soft_steps=0'], ['soft_steps'])])
+    (['--broken=0.5'], ['broken=0.5', 'loss_on=harmful_response']), (['--opening=2'], ['opening=2', 'loss_on=harmful_response']), (['--soft_contexts=2'], ['soft_contexts', 'at most 1']),
+    (['--soft_contexts=0.01'], ['of 3 rows a step none']), (['--soft_steps=0'], ['soft_steps']), (['--soft_tokens=0'], ['soft_tokens'])])
 def test_a_mistake_is_one_line_and_status_2_before_anything_is_written(run, arguments, tmp_path, more, words):
     status, _, err = run('cb_train.py', *arguments, *more)
     assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
@@ -1030,7 +1090,7 @@ def wait_for_steps(process, out, more):
 
 
 def test_two_ranks_move_the_adversary_as_one_process_does(run, arguments, tmp_path):
-    arguments = [*arguments, '--lora_dropout=0', '--batch_size=4', '--soft_contexts=0.5', '--loss_on=harmful_response', '--lora_start=0.04']
+    arguments = [*arguments, '--lora_dropout=0', '--batch_size=4', '--soft_contexts=0.5', '--broken=0.5', '--loss_on=harmful_response', '--lora_start=0.04']
     both = torchrun(2, *arguments, f'--output_dir={tmp_path / "both"}')
     assert run('cb_train.py', *arguments)[0] == 0
     assert both.wait(120) == 0, open(tmp_path / 'both.stderr').read()[-2000:]
