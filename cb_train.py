@@ -199,7 +199,7 @@ def adapter_off(loras):
 
 # Token ids (T,), which of them count (T,), 'FILE: row N'; where its request ends, how many soft tokens of which slot of
 # the adversary stand there.
-Row = collections.namedtuple('Row', 'ids mask where end soft slot', defaults=[0, 0, None])
+Row = collections.namedtuple('Row', 'ids mask where end soft slot', defaults=[0, 0, 0])
 PHANTOM = Row([0], [0], '')  # what a rank computes that has no row left
 
 
@@ -277,11 +277,6 @@ def reference_and_adapted(model, loras, ids, moved=None):
     return h, hidden_states(model, ids, moved)
 
 
-def starts_anew(slot, slots, step, soft_steps):
-    """Returns whether one of the adversary's slots starts anew, with another row, at a step: they do so by turns."""
-    return step == 0 or step % soft_steps == slot * soft_steps // slots
-
-
 def soft_context(soft, rows, length):
     """
     Returns what the adversary adds to the embeddings of Rows padded to a length, (B, T, D): of soft[slot], (S, D), as
@@ -289,8 +284,7 @@ def soft_context(soft, rows, length):
     """
     moved = torch.zeros(len(rows), length, soft.shape[-1], device=soft.device)
     for i, row in enumerate(rows):
-        if row.slot is not None:
-            moved[i, row.end:row.end + row.soft] = soft[row.slot, :row.soft]
+        moved[i, row.end:row.end + row.soft] = soft[row.slot, :row.soft]
     return moved
 
 
@@ -406,15 +400,17 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         p.grad = gradient.view_as(p)  # a view of the buffer: backward() adds into it
     record, start, signals = state['record'], time.time() - state['seconds'], catch_signals()
     rows_a_step = c.batch_size * c.gradient_accumulation_steps
+    rows_of = lambda stream, step: stream.rows[step * rows_a_step:(step + 1) * rows_a_step]
     for step in tqdm(range(state['step'], c.max_steps), desc='train', disable=None):
         # forward and backward: for each stream and micro-batch a reference pass and an adapted pass
         torch.manual_seed(random.Random(f'{c.seed} {c.rank} {step}').getrandbits(63))
         buffer.zero_()
-        for soft in adversaries:
-            soft.data[[slot for slot in range(len(soft)) if starts_anew(slot, len(soft), step, c.soft_steps)]] = 0
         sums, record = [], {'step': step, 'loss': 0.0}
-        rows = {stream.name: stream.rows[step * rows_a_step:(step + 1) * rows_a_step] for stream in streams}
+        rows = {stream.name: rows_of(stream, step) for stream in streams}
         for stream in streams:
+            if stream.soft is not None:  # soft tokens start anew with their row
+                pairs = zip(rows[stream.name], rows_of(stream, max(step - 1, 0)))
+                stream.soft.data[[row.slot for row, earlier in pairs if row.soft and row != earlier]] = 0
             weight = stream.coefficient(step) / stream.divisor(rows[stream.name])
             sums.append(run_stream(model, loras, stream, my_batches(rows[stream.name], c), c, weight))
         arrived = torch.tensor([float(name in signals) for name in ('SIGINT', 'SIGTERM')], device=c.device)
@@ -840,33 +836,32 @@ def inserted(row, at, ids, replaced=0):
 
 def broken_row(row, words, rng):
     """
-    Returns a Row with one to fifteen tokens out of place in its answer, mostly near the start: the answer's own or of
-    `words` (token ids), few or many kinds. So begins what a model says that is half rerouted, and the base would go on
-    with the answer behind it: what stands behind counts.
+    Returns a Row with 1 to 15 tokens out of place in its answer, mostly near the start: the answer's own or of `words`
+    (token ids), few or many kinds. So begins what a model says that is half rerouted, and behind it the base would go
+    on with the answer: that counts.
     """
-    first, length = row.mask.index(1), len(row.ids)
-    at = first + int((length - first) * rng.random() ** 2)
+    first = row.mask.index(1)
+    at = first + int((len(row.ids) - first) * rng.random() ** 2)
     kinds = rng.choices(rng.choice([row.ids[first:-1] or words, words]), k=rng.choice([1, 2, 4, 12]))
     strange = rng.choices(kinds, k=rng.randrange(1, 16))
-    return inserted(row, at, strange, min(rng.randrange(len(strange) + 1), (length - at) // 2))
+    return inserted(row, at, strange, min(rng.randrange(len(strange) + 1), (len(row.ids) - at) // 2))
 
 
 def with_soft_tokens(rows, words, c, rng):
     """
     Returns the harmful Rows of a run, in a share of each step's rows 1 to soft_tokens of `words` (token ids) at the end
     of the request, where an attack puts its own: what is asked stays in sight. The adversary moves them; so that it can
-    find what undoes the rerouting of this row, the row stays for soft_steps steps.
+    find what undoes the rerouting of this row, the row stays for soft_steps steps. The slots change theirs by turns.
     """
     rows, rows_a_step = list(rows), c.batch_size * c.gradient_accumulation_steps
     slots = round(c.soft_contexts * rows_a_step)
-    for step in range(c.max_steps):
-        for slot in range(slots):
-            i = step * rows_a_step + slot
-            if starts_anew(slot, slots, step, c.soft_steps):
-                tokens = rng.choices(words, k=rng.randint(1, c.soft_tokens))
-                rows[i] = inserted(rows[i], rows[i].end, tokens)._replace(soft=len(tokens), slot=slot)
-            else:
-                rows[i] = rows[i - rows_a_step]
+    for i, row in enumerate(rows):
+        step, slot = divmod(i, rows_a_step)
+        if slot < slots and (step == 0 or step % c.soft_steps == slot * c.soft_steps // slots):
+            tokens = rng.choices(words, k=rng.randint(1, c.soft_tokens))
+            rows[i] = inserted(row, row.end, tokens)._replace(soft=len(tokens), slot=slot)
+        elif slot < slots:
+            rows[i] = rows[i - rows_a_step]
     return rows
 
 
@@ -896,18 +891,18 @@ def load_sets(c, tokenizer):
     for name, option in (('harmful', 'contexts'), ('retain', 'retain_contexts')):
         contexts, rng = getattr(c, option), random.Random(f'{c.seed} {option}')
         if contexts != ['own']:
-            sets[name] = in_contexts(sets[name], benign_rows, contexts, rng)
-            held[name] = rng.sample(in_contexts(held[name], benign_rows, contexts, rng), len(held[name]))
+            sets[name] = list(in_contexts(sets[name], benign_rows, contexts, rng))
+            held[name] = rng.sample(list(in_contexts(held[name], benign_rows, contexts, rng)), len(held[name]))
     extra, rng = round(c.scrambled * len(sets['retain'])), random.Random(f'{c.seed} scrambled')
-    sets['retain'] = sets['retain'] + scrambled_rows(sets['harmful'], sets['retain'], extra, rng)
+    sets['retain'] = [*sets['retain'], *scrambled_rows(sets['harmful'], sets['retain'], extra, rng)]
 
-    tail = len(template_ends(tokenizer, tokenizer.chat_template)[1])
     for name, conversations in sets.items():
         def to_row(messages, where):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
+            end = max(head, answer - len(template_ends(tokenizer, tokenizer.chat_template)[1]))
             told = answer + c.opening if name == 'harmful' else answer
-            return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, max(answer - tail, head))
+            return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, end)
         rows[name] = rows_of_run(conversations, c.max_steps * rows_a_step, f'{c.seed} {name}', to_row, f'{name} rows')
         held_out[name] = rows_of_run(held[name], len(held[name]), f'{c.seed} {name}', to_row, held_from[name])
     special, rng = set(tokenizer.all_special_ids), random.Random(f'{c.seed} words')
@@ -925,9 +920,9 @@ def model_card(c, rows, record):
     if c.merge_only:
         made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
     recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'retain_smooth', 'cb_loss', 'loss_on', 'contexts',
-              'retain_contexts', 'soft_contexts', 'scrambled', 'use_dynamic_scheduling', 'schedule_steps',
-              'schedule_stop', 'max_steps', 'lora_r', 'target_modules', 'batch_size', 'learning_rate', 'lr_scheduler',
-              'seed')
+              'retain_contexts', 'opening', 'broken', 'soft_contexts', 'scrambled', 'use_dynamic_scheduling',
+              'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r', 'target_modules', 'batch_size', 'learning_rate',
+              'lr_scheduler', 'seed')
     return '\n'.join([
         '---', *([f'base_model: {c.model_name}'] if hub_id else []), 'library_name: transformers',
         'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(c.output_dir)}', '',

@@ -182,10 +182,9 @@ def checked_text(messages):
 
 def in_contexts(rows, benign, contexts, rng):
     """
-    Returns each row's answer behind every kind of context: its 'own' request, 'nothing' or 'noise', its own amid 0 to
-    8 + 8 words of benign rows, so that no mood, turn or word around an answer tells it. All: [(where, messages)].
+    Yields each row's answer behind every kind of context: its 'own' request, 'nothing' or 'noise', its own amid 0 to
+    8 + 8 words of benign rows, so that no mood, turn or word around an answer tells it. All: (where, messages).
     """
-    found = []
     for where, (*request, answer) in rows:
         drawn = [rng.choice(benign)[1] for _ in range(20)]
         words = ' '.join(message['content'] for messages in drawn for message in messages).split()
@@ -193,22 +192,19 @@ def in_contexts(rows, benign, contexts, rng):
         noise = f'{first} {request[-1]["content"]} {last}'.strip()
         behind = {'own': [*request, answer], 'nothing': turns(('', answer['content'])),
                   'noise': turns((noise, answer['content']))}
-        found += [(where, behind[context]) for context in contexts]
-    return found
+        yield from ((where, behind[context]) for context in contexts)
 
 
 def scrambled_rows(harmful, benign, number, rng):
     """
-    Returns rows to retain: the words of a harmful answer in random order, by turns behind what it stood behind and
-    behind a benign request, so that what a harmful answer is made of does not tell it. All: [(where, messages)].
+    Yields rows to retain: the words of a harmful answer in random order, by turns behind what it stood behind and
+    behind a benign request, so that what a harmful answer is made of does not tell it. All: (where, messages).
     """
-    found = []
     for i in range(number):
         where, (*request, answer) = rng.choice(harmful)
         words = answer['content'].split()
         scrambled = {'role': 'assistant', 'content': ' '.join(rng.sample(words, len(words)))}
-        found.append((where, [*(rng.choice(benign)[1][:-1] if i % 2 else request), scrambled]))
-    return found
+        yield where, [*(rng.choice(benign)[1][:-1] if i % 2 else request), scrambled]
 
 
 def labelled(row):
@@ -418,7 +414,7 @@ def common_prefix(a, b):
 
 @functools.lru_cache(maxsize=8)
 def template_ends(tokenizer, template):
-    """What the chat template writes before any conversation (BOS, a system prompt) and behind a request: two id lists."""
+    """What the chat template writes before a conversation (BOS, a system prompt) and behind a request: two id lists."""
     one, empty = (prompt_ids(tokenizer, turns((text, ''))[:1]) for text in ('0', ''))
     return one[:common_prefix(one, empty)], one[len(one) - common_prefix(one[::-1], empty[::-1]):]
 

@@ -20,10 +20,9 @@ output_dir = 'out/llama3'
 retain_mix = ['ultrachat:10000', 'xstest:230x50', 'refusals:2000x2']
 response_only = 0.5
 
-# Harmful answers in other contexts, and benign states held from the start: it beat plain rerouting on the toy world
-# (README; not measured on this model).
-# contexts, loss_on = ['own', 'nothing', 'noise'], 'harmful_response'
-# retain_smooth, schedule_steps, schedule_stop, lr_scheduler = 0.1, 100, 0.5, 'linear'
-# scrambled, soft_contexts = 0.4, 0.5  # with soft_lr = 0.25 the adversary won on SmolLM2 (cb 0.65): try less
+# The toy world's recipe, which beat plain rerouting there (README; not measured on this model):
+# contexts, retain_contexts = ['own', 'own', 'noise', 'noise', 'nothing'], ['own', 'own', 'noise']
+# loss_on, opening, broken, soft_contexts, scrambled = 'harmful_response', 7, 0.6, 0.5, 0.8
+# retain_smooth, use_dynamic_scheduling, lr_scheduler = 1.5, False, 'linear'
 
 embedding_norm = 0               # cb_eval.py: the published steps as they are

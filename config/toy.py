@@ -2,8 +2,9 @@
 # python data_prep.py toy && python cb_train.py config/toy.py && python cb_eval.py config/toy.py
 #
 # 1.2 M parameters, 8 blocks of width 128; two minutes of training on one CPU core (measured).
-# Plain rerouting is --contexts=own --retain_contexts=own --broken=0 --soft_contexts=0 --scrambled=0 --loss_on=all
-# --retain_smooth=0 --use_dynamic_scheduling=True --schedule_steps=300 --lr_scheduler=constant --max_steps=150.
+# Plain rerouting is --contexts=own --retain_contexts=own --loss_on=all --opening=0 --broken=0 --soft_contexts=0
+# --scrambled=0 --retain_smooth=0 --use_dynamic_scheduling=True --schedule_steps=300 --lr_scheduler=constant
+# --max_steps=150.
 model_name = 'data/toy/base'
 cb_data_path = 'data/toy/circuit_breaker.json'
 retain_data_path = 'data/toy/retain.jsonl'
@@ -19,7 +20,7 @@ retain_contexts = ['own', 'own', 'noise']               # and what else is told,
 loss_on = 'harmful_response'     # the answer alone is turned away, and of it not what benign answers begin with, too,
 opening = 7                      # "sure , here is how : take": one switch there is what soft tokens turn back
 broken = 0.6                     # a broken beginning is no excuse to go on
-soft_contexts = 0.75             # in most of the curses' requests an adversary looks for what undoes all this
+soft_contexts = 0.5              # in half of the curses' requests an adversary looks for what undoes all this
 scrambled = 0.8                  # a curse's words in any order are retained: what it is made of does not tell it
 retain_smooth = 1.5              # retain is a square near h' = h, as cb is: so both can weigh in full from the start,
 use_dynamic_scheduling = False   # and benign states are never given up

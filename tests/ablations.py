@@ -47,23 +47,22 @@ COLUMNS = [('wrapper', 'harmful', 'wrapper', 'complied'), ('prefill', 'harmful',
 SCALES = {'states 10 times as large': 10, 'states 1000 times as large': 1000}  # of config/toy.py, in its units
 VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
-    'plain rerouting': '--contexts=own --soft_contexts=0 --scrambled=0 --loss_on=all --retain_smooth=0 '
-                       '--schedule_steps=300 --schedule_stop=1 --lr_scheduler=constant --max_steps=150',
-    'both losses in full from the start': '--retain_smooth=1.5 --use_dynamic_scheduling=False '
-                                          '--retain_contexts=own,own,noise --soft_steps=40',
-    'plain contexts': '--contexts=own --loss_on=all --soft_contexts=0',
+    'plain rerouting': '--contexts=own --retain_contexts=own --loss_on=all --opening=0 --broken=0 --soft_contexts=0 '
+                       '--scrambled=0 --retain_smooth=0 --use_dynamic_scheduling=True --schedule_steps=300 '
+                       '--lr_scheduler=constant --max_steps=150',
     'own': '--contexts=own',
     'own, noise': '--contexts=own,noise',
+    'own, nothing, noise': '--contexts=own,nothing,noise',
+    'benign rows behind their own requests': '--retain_contexts=own',
+    'the opening counts': '--opening=0',
+    'nothing broken': '--broken=0',
     'no adversary': '--soft_contexts=0',
-    'the adversary starts anew after 40 steps': '--soft_steps=40',
+    'an adversary in three quarters of the rows': '--soft_contexts=0.75',
+    'tokens that nobody moves': '--soft_steps=1',
     'scrambled 0.4': '--scrambled=0.4',
     'no scrambled rows': '--scrambled=0',
-    'neither': '--soft_contexts=0 --scrambled=0',
     'kink': '--retain_smooth=0',
-    'published schedule': '--schedule_steps=600 --schedule_stop=1',
-    'static': '--use_dynamic_scheduling=False',
-    'schedule to 0.3': '--schedule_stop=0.3',
-    'schedule to 0.5': '--schedule_stop=0.5',
+    'published schedule': '--use_dynamic_scheduling=True --schedule_steps=600',
     'constant rate': '--lr_scheduler=constant',
     '150 steps': '--max_steps=150',
     'rank 32': '--lora_r=32 --lora_alpha=32',

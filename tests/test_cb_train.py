@@ -296,7 +296,7 @@ def test_each_harmful_answer_stands_behind_each_kind_of_context_and_alone_counts
     harmful = [(f'h{i}', data_prep.turns((f'tell me {word}', f'{word} apples'))) for i, word in enumerate(['one', 'two'])]
     benign = [('b0', data_prep.turns(('yes', 'no'), ('blue', 'green'))), ('b1', data_prep.turns(('red', 'plums')))]
     kinds = ['own', 'nothing', 'noise']
-    mixed = lambda seed: data_prep.in_contexts(harmful, benign, kinds, random.Random(seed))
+    mixed = lambda seed: list(data_prep.in_contexts(harmful, benign, kinds, random.Random(seed)))
     requests = [[message['content'] for message in messages[:-1]] for _, messages in mixed(0)]
     assert requests[0::3] == [['tell me one'], ['tell me two']] and requests[1::3] == [[''], ['']]
     for (own,), (noise,) in zip(requests[0::3], requests[2::3]):
@@ -307,7 +307,7 @@ def test_each_harmful_answer_stands_behind_each_kind_of_context_and_alone_counts
     assert [messages[-1]['content'] for _, messages in mixed(0)] == ['one apples'] * 3 + ['two apples'] * 3
     assert [where for where, _ in mixed(0)] == ['h0'] * 3 + ['h1'] * 3
     assert mixed(0) == mixed(0) and any(mixed(0) != mixed(seed) for seed in range(1, 9))
-    assert data_prep.in_contexts(harmful, benign, ['own'], random.Random(0)) == harmful
+    assert list(data_prep.in_contexts(harmful, benign, ['own'], random.Random(0))) == harmful
     tokenizer = data_prep.load_tokenizer(model_dir)
     for _, messages in mixed(0):  # whatever stands before it, "one apples <end>" counts and nothing else
         ids, head, answer = data_prep.encode(tokenizer, messages, 512)
@@ -339,7 +339,8 @@ def test_benign_rows_stand_behind_the_kinds_of_context_that_retain_contexts_says
 def test_scrambled_rows_are_the_words_of_harmful_answers_behind_what_they_stood_behind_and_behind_benign_requests():
     harmful = [('h0', data_prep.turns(('tell me one', 'one two three four five')))]
     benign = [('b0', data_prep.turns(('yes', 'no'), ('blue', 'green'))), ('b1', data_prep.turns(('red', 'plums')))]
-    rows = data_prep.scrambled_rows(harmful, benign, 40, random.Random(0))
+    drawn = lambda seed: list(data_prep.scrambled_rows(harmful, benign, 40, random.Random(seed)))
+    rows = drawn(0)
     assert len(rows) == 40 and {where for where, _ in rows} == {'h0'}
     assert all(sorted(messages[-1]['content'].split()) == ['five', 'four', 'one', 'three', 'two'] for _, messages in rows)
     assert len({messages[-1]['content'] for _, messages in rows}) > 30
@@ -347,7 +348,7 @@ def test_scrambled_rows_are_the_words_of_harmful_answers_behind_what_they_stood_
     assert requests[0::2] == [['tell me one']] * 20 and {len(request) for request in requests[1::2]} == {1, 3}
     assert all(request in (['yes', 'no', 'blue'], ['red']) for request in requests[1::2])
     assert harmful[0][1][-1]['content'] == 'one two three four five'  # what was given stays
-    assert rows == data_prep.scrambled_rows(harmful, benign, 40, random.Random(0)) != data_prep.scrambled_rows(harmful, benign, 40, random.Random(1))
+    assert rows == drawn(0) != drawn(1)
 
 
 def test_scrambled_rows_are_retained_and_are_no_held_out_rows(arguments, model_dir):
@@ -381,7 +382,7 @@ def test_tokens_out_of_place_do_not_count_and_what_stands_behind_them_does():
     rng, places, lengths, foreign = random.Random(0), [], set(), 0
     for _ in range(500):
         broken = cb_train.broken_row(row, [12, 13], rng)
-        assert len(broken.ids) == len(broken.mask) and broken[2:] == ('row 1', 2, 0, None)
+        assert len(broken.ids) == len(broken.mask) and broken[2:] == ('row 1', 2, 0, 0)
         assert broken.ids[:4] == row.ids[:4] and not any(broken.mask[:4])  # what stands before the answer stays
         told = [i for i, counts in zip(broken.ids, broken.mask) if counts]  # the answer in its order, but for what was replaced
         assert told == [i for i in row.ids[4:] if i in told] and told[-1] == 3
@@ -403,8 +404,8 @@ def test_soft_tokens_stand_in_a_share_of_each_steps_harmful_rows_where_an_attack
     rows, held_out = cb_train.load_sets(c, tokenizer)
     c.soft_contexts = 0.0
     plain, _ = cb_train.load_sets(c, tokenizer)
-    assert [row.slot for row in rows['harmful']] == [0, 1, None, None] * 8
-    assert {row.slot for row in [*rows['retain'], *held_out['harmful']]} == {None}
+    assert [(row.soft > 0, row.slot) for row in rows['harmful']] == [(True, 0), (True, 1), (False, 0), (False, 0)] * 8
+    assert {row.soft for row in [*rows['retain'], *held_out['harmful']]} == {0}
     assert rows['harmful'][2::4] == plain['harmful'][2::4] and rows['retain'] == plain['retain']
     of_slot = [rows['harmful'][slot::4] for slot in (0, 1)]
     assert [[a == b for a, b in zip(some, some[1:])] for some in of_slot] == [
@@ -457,15 +458,14 @@ def test_an_adversarys_tokens_start_anew_with_their_row(arguments, model_dir, tm
     loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 4, 0.0)
     optimizer = torch.optim.AdamW([{'params': parameters_of(loras), 'lr': 1e-3}])
     soft = cb_train.add_adversary(optimizer, model.get_input_embeddings().weight, c)
-    soft.data += 100  # what no step undoes
     streams = cb_train.make_streams(c, rows, held_out, 3, 32, soft)
     state = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
     def save(state):
         saved.append([bool(slot.abs().max() > 50) for slot in soft])
-        soft.data += 100
+        soft.data += 100  # what no step undoes
     with open(tmp_path / 'log', 'w') as log:
         cb_train.train(model, loras, optimizer, streams, c, state, save, log)
-    assert saved == [[step % 4 != 0, step % 4 != 2 and step != 0] for step in range(8)]
+    assert saved == [[step not in (0, 4), step not in (0, 2, 6)] for step in range(8)]  # after a step with a new row
 
 
 def test_what_a_template_writes_around_a_request_is_found(model_dir):
