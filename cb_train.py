@@ -368,10 +368,9 @@ def run_stream(model, loras, stream, batches, c, weight=None):
     Returns the sum of a stream's loss, and of its tokens' mean cosine at target_layers, over micro-batches of Rows: a
     tensor (2,). With a weight, adds the gradient of weight times the loss; one micro-batch's graph is alive at a time.
     """
-    sums = torch.zeros(2, device=c.device)
+    sums, attacked = torch.zeros(2, device=c.device), stream.soft is not None and weight is not None
     for batch in batches:
         ids, mask = pad(batch, c.device)
-        attacked = stream.soft is not None and weight is not None
         moved = soft_context(stream.soft, batch, ids.shape[1]) if attacked else None
         h, h_lora = reference_and_adapted(model, loras, ids, moved)
         loss = stream.loss(h, h_lora, mask, stream.layers)
@@ -528,12 +527,12 @@ def checkpoint_blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def add_adversary(optimizer, embeddings, c):
+def add_adversary(optimizer, embeddings, rows, c):
     """
-    Returns soft (slots, soft_tokens, D), zeros: vectors that the optimizer, by the gradient that the adapted pass has
-    anyway, moves up the loss. Their learning rate is in units of the embeddings' root mean square.
+    Returns soft (slots, soft_tokens, D), zeros, for the slots of Rows: vectors that the optimizer, by the gradient that
+    the adapted pass has anyway, moves up the loss. Their learning rate is in units of the embeddings' root mean square.
     """
-    slots = round(c.soft_contexts * c.batch_size * c.gradient_accumulation_steps)
+    slots = max(row.slot for row in rows) + 1
     soft = nn.Parameter(torch.zeros(slots, c.soft_tokens, embeddings.shape[1], device=c.device))
     lr = c.soft_lr * embeddings.float().square().mean().sqrt().item()
     optimizer.add_param_group({'params': [soft], 'lr': lr, 'weight_decay': 0.0, 'maximize': True})
@@ -1015,7 +1014,7 @@ if __name__ == '__main__':
     optimizer = torch.optim.AdamW(parameters.values(), lr=c.learning_rate, weight_decay=c.weight_decay)
     trainable, soft = sum(p.numel() for p in parameters.values()), None
     if c.soft_contexts and not c.merge_only:
-        soft = parameters['soft'] = add_adversary(optimizer, model.get_input_embeddings().weight, c)
+        soft = parameters['soft'] = add_adversary(optimizer, model.get_input_embeddings().weight, rows['harmful'], c)
     if tensors:
         restore(tensors, parameters, optimizer)
     elif adapter:

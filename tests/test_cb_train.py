@@ -422,10 +422,10 @@ def test_soft_tokens_stand_in_a_share_of_each_steps_harmful_rows_where_an_attack
 def test_an_adversary_moves_its_tokens_alone_and_the_loss_up(adapted):
     model, loras, _ = adapted
     rows = [Row([2, 4, 7, 8, 9, 3], [0, 0, 0, 1, 1, 1], '', 1, 2, 1), Row([2, 4, 11, 3], [0, 0, 0, 1], '', 0, 1, 0), Row([2, 5, 12], [0, 1, 1], '')]
-    c = options(soft_lr=0.1, soft_contexts=0.25, batch_size=8, gradient_accumulation_steps=1, soft_tokens=2)
+    c = options(soft_lr=0.1, soft_tokens=2)
     optimizer = torch.optim.AdamW(parameters_of(loras), lr=0.0)
     embeddings = model.get_input_embeddings().weight
-    soft = cb_train.add_adversary(optimizer, embeddings, c)
+    soft = cb_train.add_adversary(optimizer, embeddings, rows, c)
     assert soft.shape == (2, 2, 32) and not soft.any()
     assert optimizer.param_groups[1]['lr'] == pytest.approx(0.1 * embeddings.square().mean().sqrt().item())
     its = stream('harmful', rows, c)._replace(soft=soft)
@@ -457,7 +457,7 @@ def test_an_adversarys_tokens_start_anew_with_their_row(arguments, model_dir, tm
     model, saved = cb_train.load_decoder(model_dir, 3, 'auto', 'cpu'), []
     loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 4, 0.0)
     optimizer = torch.optim.AdamW([{'params': parameters_of(loras), 'lr': 1e-3}])
-    soft = cb_train.add_adversary(optimizer, model.get_input_embeddings().weight, c)
+    soft = cb_train.add_adversary(optimizer, model.get_input_embeddings().weight, rows['harmful'], c)
     streams = cb_train.make_streams(c, rows, held_out, 3, 32, soft)
     state = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
     def save(state):
@@ -1040,7 +1040,7 @@ def torchrun(ranks, *arguments):
     out = next(a for a in reversed(arguments) if a.startswith('--output_dir=')).partition('=')[2]
     with open(f'{out}.stdout', 'w') as stdout, open(f'{out}.stderr', 'w') as stderr:
         return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', 'cb_train.py', *arguments],
-                                cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=stdout, stderr=stderr)
+                                cwd=ROOT, stdout=stdout, stderr=stderr)
 
 
 def said(out, name='stderr'):
