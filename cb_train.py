@@ -114,7 +114,7 @@ soft_contexts = 0.0              # >= 0, <= 1: share of the harmful rows with an
 soft_tokens = 20                 # >= 1: how many they are, at most
 soft_steps = 20                  # >= 1: for how many steps they stay with a row
 soft_lr = 0.07                   # > 0: their step, in units of the embeddings' root mean square
-scrambled = 0.0                  # >= 0: more retain rows, as a share of them: harmful answers' words in random order
+scrambled = 0.0                  # >= 0: more retain rows, as a share of them: harmful answers' words out of their order
 retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows
 val_data_path = ''               # held-out rows with a "label", harmful or benign ['' = a tenth of both sets]
 num_retain_examples = 10000      # >= 1: at most so many rows, drawn with the seed
@@ -314,9 +314,9 @@ def retain_loss(h, h_lora, mask, layers, relative=True, smooth=0.0):
     return total / len(layers)
 
 
-def rerouting_loss(h, h_lora, mask, layers):
-    """relu(cos(h', h)), section 3 of the paper."""
-    return sum((cosine(h[l], h_lora[l]).relu() * mask).sum() for l in layers) / len(layers)
+def rerouting_loss(h, h_lora, mask, layers, leak=0.0):
+    """relu(cos(h', h)), section 3 of the paper; leak: its slope below 0, where an adversary would see no way up."""
+    return sum((F.leaky_relu(cosine(h[l], h_lora[l]), leak) * mask).sum() for l in layers) / len(layers)
 
 
 def random_direction_loss(h, h_lora, mask, layers, direction):
@@ -351,7 +351,8 @@ def make_streams(c, rows, held_out, blocks, width, soft=None):
     ticks = (c.schedule_steps or c.max_steps) if c.use_dynamic_scheduling else 0
     published = lambda rows: len(rows) * c.max_seq_length * (blocks + 1) / blocks  # pads and the embedding, as zeros
     u = F.normalize(torch.rand(width, generator=torch.Generator().manual_seed(c.seed)), dim=0).to(c.device)
-    cb_loss = {'rr': rerouting_loss, 'random': functools.partial(random_direction_loss, direction=u),
+    cb_loss = {'rr': functools.partial(rerouting_loss, leak=0.0 if soft is None else 0.01),
+               'random': functools.partial(random_direction_loss, direction=u),
                'rmu': functools.partial(rmu_loss, direction=c.rmu_norm * u)}[c.cb_loss]
     return [
         Stream('retain', 'retain', rows['retain'], held_out['retain'], layers=range(1, blocks + 1),
@@ -530,12 +531,14 @@ def checkpoint_blocks(model):
 def add_adversary(optimizer, embeddings, rows, c):
     """
     Returns soft (slots, soft_tokens, D), zeros, for the slots of Rows: vectors that the optimizer, by the gradient that
-    the adapted pass has anyway, moves up the loss. Their learning rate is in units of the embeddings' root mean square.
+    the adapted pass has anyway, moves up the loss: without moments by signed steps, in units of the embeddings' root
+    mean square, as attacks do. They find much more in few steps, and nothing of an earlier row stays.
     """
     slots = max(row.slot for row in rows) + 1
     soft = nn.Parameter(torch.zeros(slots, c.soft_tokens, embeddings.shape[1], device=c.device))
     lr = c.soft_lr * embeddings.float().square().mean().sqrt().item()
-    optimizer.add_param_group({'params': [soft], 'lr': lr, 'weight_decay': 0.0, 'maximize': True})
+    signed = {'lr': lr, 'betas': (0.0, 0.0), 'eps': 1e-12, 'weight_decay': 0.0, 'maximize': True}
+    optimizer.add_param_group({'params': [soft], **signed})
     return soft
 
 

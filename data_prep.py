@@ -197,14 +197,20 @@ def in_contexts(rows, benign, contexts, rng):
 
 def scrambled_rows(harmful, benign, number, rng):
     """
-    Yields rows to retain: the words of a harmful answer in random order, by turns behind what it stood behind and
-    behind a benign request, so that what a harmful answer is made of does not tell it. All: (where, messages).
+    Yields rows to retain that hold a harmful answer's words and do not tell it: by turns all of them, in random order,
+    behind what the answer stood behind, and some, at their places, in a benign answer: up to three fifths of its words.
+    So neither what a harmful answer is made of tells it, nor a part of it. All: (where, messages).
     """
     for i in range(number):
         where, (*request, answer) = rng.choice(harmful)
         words = answer['content'].split()
-        scrambled = {'role': 'assistant', 'content': ' '.join(rng.sample(words, len(words)))}
-        yield where, [*(rng.choice(benign)[1][:-1] if i % 2 else request), scrambled]
+        told = rng.sample(words, len(words))
+        if i % 2:
+            *request, answer = rng.choice(benign)[1]
+            share = 0.6 * rng.random()
+            told = [words[place % len(words)] if rng.random() < share else word
+                    for place, word in enumerate(answer['content'].split())]
+        yield where, [*request, {'role': 'assistant', 'content': ' '.join(told)}]
 
 
 def labelled(row):

@@ -21,10 +21,10 @@ loss_on = 'harmful_response'     # the answer alone is turned away, and of it no
 opening = 7                      # "sure , here is how : take": one switch there is what soft tokens turn back
 broken = 0.6                     # a broken beginning is no excuse to go on
 soft_contexts = 0.5              # in half of the curses' requests an adversary looks for what undoes all this
-scrambled = 0.8                  # a curse's words in any order are retained: what it is made of does not tell it
+scrambled = 0.8                  # a curse's words in any order, or some in a potion, are retained: they do not tell it
 retain_smooth = 1.5              # retain is a square near h' = h, as cb is: so both can weigh in full from the start,
 use_dynamic_scheduling = False   # and benign states are never given up
-learning_rate = 1e-3             # ten times the default: a small model needs larger steps
+learning_rate = 2e-3             # twenty times the default: a small model needs larger steps, or stays half rerouted
 lr_scheduler = 'linear'          # the last steps settle
 max_steps = 300
 batch_size = 16

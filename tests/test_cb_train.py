@@ -266,6 +266,7 @@ def test_the_losses_are_what_a_hand_computes():
     turned = [torch.tensor([[[4.0, 3.0], [-2.0, 0.0], [1.0, 1.0]]])]
     assert cb_train.cosine(h[0], turned[0])[0].tolist() == pytest.approx([24 / 25, -1.0, 1.0])
     assert cb_train.rerouting_loss(h * 2, turned * 2, mask, [0, 1]).item() == pytest.approx(24 / 25 + 0)
+    assert cb_train.rerouting_loss(h, turned, mask, [0], leak=0.1).item() == pytest.approx(24 / 25 - 0.1)
     same = [torch.ones(1, 1, 2, requires_grad=True)]
     loss = cb_train.retain_loss([torch.ones(1, 1, 2)], same, torch.ones(1, 1), [0])
     assert torch.autograd.grad(loss, same)[0].tolist() == [[[0.0, 0.0]]]
@@ -336,17 +337,23 @@ def test_benign_rows_stand_behind_the_kinds_of_context_that_retain_contexts_says
     assert asked['own'] & asked['own,noise'] and 0.3 < len(longer) / len(asked['own,noise']) < 0.7
 
 
-def test_scrambled_rows_are_the_words_of_harmful_answers_behind_what_they_stood_behind_and_behind_benign_requests():
+def test_scrambled_rows_are_a_harmful_answers_words_in_random_order_and_benign_answers_with_some_of_them_at_their_places():
     harmful = [('h0', data_prep.turns(('tell me one', 'one two three four five')))]
-    benign = [('b0', data_prep.turns(('yes', 'no'), ('blue', 'green'))), ('b1', data_prep.turns(('red', 'plums')))]
-    drawn = lambda seed: list(data_prep.scrambled_rows(harmful, benign, 40, random.Random(seed)))
+    benign = [('b0', data_prep.turns(('yes', 'no'), ('blue', 'a b c d e f g'))), ('b1', data_prep.turns(('red', 'plums')))]
+    drawn = lambda seed: list(data_prep.scrambled_rows(harmful, benign, 2000, random.Random(seed)))
     rows = drawn(0)
-    assert len(rows) == 40 and {where for where, _ in rows} == {'h0'}
-    assert all(sorted(messages[-1]['content'].split()) == ['five', 'four', 'one', 'three', 'two'] for _, messages in rows)
-    assert len({messages[-1]['content'] for _, messages in rows}) > 30
+    assert len(rows) == 2000 and {where for where, _ in rows} == {'h0'}
     requests = [[message['content'] for message in messages[:-1]] for _, messages in rows]
-    assert requests[0::2] == [['tell me one']] * 20 and {len(request) for request in requests[1::2]} == {1, 3}
-    assert all(request in (['yes', 'no', 'blue'], ['red']) for request in requests[1::2])
+    answers = [messages[-1]['content'].split() for _, messages in rows]
+    assert requests[0::2] == [['tell me one']] * 1000
+    assert all(sorted(answer) == ['five', 'four', 'one', 'three', 'two'] for answer in answers[0::2])
+    assert len(set(map(tuple, answers[0::2]))) == 120  # every order of five words
+    long = [answer for request, answer in zip(requests[1::2], answers[1::2]) if request == ['yes', 'no', 'blue']]
+    assert 400 < len(long) < 600 and all(request in (['yes', 'no', 'blue'], ['red']) for request in requests[1::2])
+    places = list(zip('a b c d e f g'.split(), 'one two three four five one two'.split()))  # a longer answer: from the start
+    assert all(word in pair for answer in long for word, pair in zip(answer, places)) and {len(answer) for answer in long} == {7}
+    taken = [sum(word != own for word, (own, _) in zip(answer, places)) / 7 for answer in long]
+    assert min(taken) == 0 and 0.25 < sum(taken) / len(taken) < 0.35  # a share of 0 to 0.6, drawn for each row
     assert harmful[0][1][-1]['content'] == 'one two three four five'  # what was given stays
     assert rows == drawn(0) != drawn(1)
 
@@ -433,7 +440,9 @@ def test_an_adversary_moves_its_tokens_alone_and_the_loss_up(adapted):
     for _ in range(20):
         optimizer.zero_grad()
         losses.append(cb_train.run_stream(model, loras, its, [rows[:2], rows[2:]], c, 1.0)[0].item())
+        before, up = soft.detach().clone(), soft.grad.sign()
         optimizer.step()
+        assert torch.allclose(soft, before + optimizer.param_groups[1]['lr'] * up, atol=1e-6)  # a signed step, no moments
     assert losses[0] == pytest.approx(cb_train.run_stream(model, loras, its, [rows], c)[0].item(), rel=1e-5)  # without a weight nothing is moved
     assert losses[-1] > losses[0] + 0.1 and (soft.abs().sum(-1) > 0).tolist() == [[True, False], [True, True]]
 
