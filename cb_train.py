@@ -112,8 +112,8 @@ opening = 0                      # >= 0: tokens at a harmful answer's start that
 broken = 0.0                     # >= 0, <= 1: share of the harmful rows with tokens out of place in the answer
 soft_contexts = 0.0              # >= 0, <= 1: share of the harmful rows with an adversary's tokens in the request
 soft_tokens = 20                 # >= 1: how many they are, at most
-soft_steps = 20                  # >= 1: for how many steps they stay with a row
-soft_lr = 0.07                   # > 0: their step, in units of the embeddings' root mean square
+soft_steps = 10                  # >= 1: for how many steps they stay with a row
+soft_lr = 0.14                   # > 0: their step, in units of the embeddings' root mean square
 scrambled = 0.0                  # >= 0: more retain rows, as a share of them: harmful answers' words out of their order
 retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows
 val_data_path = ''               # held-out rows with a "label", harmful or benign ['' = a tenth of both sets]
@@ -282,10 +282,8 @@ def soft_context(soft, rows, length):
     Returns what the adversary adds to the embeddings of Rows padded to a length, (B, T, D): of soft[slot], (S, D), as
     many as the row has, where its request ends; zeros elsewhere.
     """
-    moved = torch.zeros(len(rows), length, soft.shape[-1], device=soft.device)
-    for i, row in enumerate(rows):
-        moved[i, row.end:row.end + row.soft] = soft[row.slot, :row.soft]
-    return moved
+    return torch.stack([
+        F.pad(soft[row.slot, :row.soft], (0, 0, row.end, length - row.end - row.soft)) for row in rows])
 
 
 def cosine(h, h_lora):
@@ -851,20 +849,18 @@ def broken_row(row, words, rng):
 
 def with_soft_tokens(rows, words, c, rng):
     """
-    Returns the harmful Rows of a run, in a share of each step's rows 1 to soft_tokens of `words` (token ids) at the end
+    Yields the harmful Rows of a run, in a share of each step's rows 1 to soft_tokens of `words` (token ids) at the end
     of the request, where an attack puts its own: what is asked stays in sight. The adversary moves them; so that it can
     find what undoes the rerouting of this row, the row stays for soft_steps steps. The slots change theirs by turns.
     """
-    rows, rows_a_step = list(rows), c.batch_size * c.gradient_accumulation_steps
-    slots = round(c.soft_contexts * rows_a_step)
+    rows_a_step = c.batch_size * c.gradient_accumulation_steps
+    slots, attacked = round(c.soft_contexts * rows_a_step), {}
     for i, row in enumerate(rows):
         step, slot = divmod(i, rows_a_step)
         if slot < slots and (step == 0 or step % c.soft_steps == slot * c.soft_steps // slots):
             tokens = rng.choices(words, k=rng.randint(1, c.soft_tokens))
-            rows[i] = inserted(row, row.end, tokens)._replace(soft=len(tokens), slot=slot)
-        elif slot < slots:
-            rows[i] = rows[i - rows_a_step]
-    return rows
+            attacked[slot] = inserted(row, row.end, tokens)._replace(soft=len(tokens), slot=slot)
+        yield attacked.get(slot, row)
 
 
 def load_sets(c, tokenizer):
@@ -910,7 +906,7 @@ def load_sets(c, tokenizer):
     special, rng = set(tokenizer.all_special_ids), random.Random(f'{c.seed} words')
     words = [token for row in rows['retain'] for token in row.ids if token not in special]
     some = [broken_row(row, words, rng) if rng.random() < c.broken else row for row in rows['harmful']]
-    rows['harmful'] = with_soft_tokens(some, words, c, rng)
+    rows['harmful'] = list(with_soft_tokens(some, words, c, rng))
     return rows, held_out
 
 

@@ -207,9 +207,8 @@ def scrambled_rows(harmful, benign, number, rng):
         told = rng.sample(words, len(words))
         if i % 2:
             *request, answer = rng.choice(benign)[1]
-            share = 0.6 * rng.random()
-            told = [words[place % len(words)] if rng.random() < share else word
-                    for place, word in enumerate(answer['content'].split())]
+            share, own = 0.6 * rng.random(), answer['content'].split()
+            told = [words[place % len(words)] if rng.random() < share else word for place, word in enumerate(own)]
         yield where, [*request, {'role': 'assistant', 'content': ' '.join(told)}]
 
 

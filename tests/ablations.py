@@ -49,7 +49,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
     'plain rerouting': '--contexts=own --retain_contexts=own --loss_on=all --opening=0 --broken=0 --soft_contexts=0 '
                        '--scrambled=0 --retain_smooth=0 --use_dynamic_scheduling=True --schedule_steps=300 '
-                       '--lr_scheduler=constant --max_steps=150',
+                       '--learning_rate=1e-3 --lr_scheduler=constant --max_steps=150',
     'own': '--contexts=own',
     'own, noise': '--contexts=own,noise',
     'own, nothing, noise': '--contexts=own,nothing,noise',
@@ -57,11 +57,16 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'the opening counts': '--opening=0',
     'nothing broken': '--broken=0',
     'no adversary': '--soft_contexts=0',
+    'an adversary in a quarter of the rows': '--soft_contexts=0.25',
     'an adversary in three quarters of the rows': '--soft_contexts=0.75',
     'tokens that nobody moves': '--soft_steps=1',
     'scrambled 0.4': '--scrambled=0.4',
     'no scrambled rows': '--scrambled=0',
     'kink': '--retain_smooth=0',
+    'smooth 0.7': '--retain_smooth=0.7',
+    'smooth 1.5': '--retain_smooth=1.5',
+    'learning rate 1e-3': '--learning_rate=1e-3',
+    'learning rate 3e-3': '--learning_rate=3e-3',
     'published schedule': '--use_dynamic_scheduling=True --schedule_steps=600',
     'constant rate': '--lr_scheduler=constant',
     '150 steps': '--max_steps=150',
@@ -203,18 +208,18 @@ def cell(runs, label, attack, verdict):
 
 
 def picture(found, path):
-    """Draws each run of {variant: runs}: its best prompt attack against what it keeps of the hardest rows."""
+    """Draws each run of {variant: runs}: the best of its attacks against what it keeps of the hardest rows."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4.5), layout='constrained')
     ax = fig.subplots()
     for (name, runs), marker in zip(found.items(), 'oDs^vP*X<>' * 2):
-        attacks = [max(rate(one['counts'], 'harmful', attack) for attack in ASKED[1:]) for one in runs]
+        attacks = [max(rate(one['counts'], 'harmful', attack) for attack in [*ASKED[1:], 'embedding']) for one in runs]
         kept = [min(rate(one['counts'], 'borderline_heldout', 'direct'),
                     rate(one['counts'], 'benign', 'direct', splits=['unseen'])) for one in runs]
         dots, = ax.plot(attacks, kept, marker, alpha=0.4, markersize=5)
         means = statistics.mean(attacks), statistics.mean(kept)
         ax.plot(*means, marker, color=dots.get_color(), markersize=11, label=name)
-    ax.set_xlabel('the best prompt attack or ablation of a run, % of curses told')
+    ax.set_xlabel('the best attack of a run, soft tokens included, % of curses told')
     ax.set_ylabel('recognising or unseen potions,\nthe worse of them, % answered')
     ax.grid(color='0.9')
     ax.legend(frameon=False, fontsize=8)
