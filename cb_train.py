@@ -12,7 +12,7 @@ weights at the end.
 
 With soft_contexts, an adversary's soft tokens stand behind the requests of some harmful rows and move up the cb loss.
 
-    python cb_train.py config/toy.py                            # a laptop, two minutes, after: python data_prep.py toy
+    python cb_train.py config/toy.py                            # a laptop, 3 minutes, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150         # a GPU
     torchrun --nproc_per_node=8 cb_train.py config/llama3.py    # 8 GPUs: each computes its share of every step's rows
     python cb_train.py config/llama3.py --resume=True           # after a crash or Ctrl-C
@@ -535,8 +535,8 @@ def add_adversary(optimizer, embeddings, rows, c):
     slots = max(row.slot for row in rows) + 1
     soft = nn.Parameter(torch.zeros(slots, c.soft_tokens, embeddings.shape[1], device=c.device))
     lr = c.soft_lr * embeddings.float().square().mean().sqrt().item()
-    signed = {'lr': lr, 'betas': (0.0, 0.0), 'eps': 1e-12, 'weight_decay': 0.0, 'maximize': True}
-    optimizer.add_param_group({'params': [soft], **signed})
+    optimizer.add_param_group({
+        'params': [soft], 'lr': lr, 'betas': (0.0, 0.0), 'eps': 1e-12, 'weight_decay': 0.0, 'maximize': True})
     return soft
 
 

@@ -209,7 +209,7 @@ def scrambled_rows(harmful, benign, number, rng):
             *request, answer = rng.choice(benign)[1]
             share, own = 0.6 * rng.random(), answer['content'].split()
             told = [words[place % len(words)] if rng.random() < share else word for place, word in enumerate(own)]
-        yield where, [*request, {'role': 'assistant', 'content': ' '.join(told)}]
+        yield where, [*request, {**answer, 'content': ' '.join(told)}]
 
 
 def labelled(row):

@@ -5,7 +5,7 @@ The ablations of tests/ablations.md on toy worlds: python tests/ablations.py [NA
 Each variant is one change to config/toy.py. It is trained in every world with two seeds, and in world 0 once more with
 two threads in place of one, which is another rounding: eleven runs. A cell is the mean over them and, in brackets, the
 worst. The base of a world is measured once. What is there already (out/ablations) is not run again; one run takes some
-three minutes on one core.
+five minutes on one core.
 
 The embedding attack is put to 20 requests a split, from three starts (words, random words, the target itself), by
 signed steps and by Adam, with 10 and with 20 soft tokens: a request counts if any of the twelve attacks succeeds.
