@@ -10,7 +10,8 @@ weights at the end.
     cb     = mean over harmful tokens, and over target_layers, of relu(cos(h', h))
     loss   = lorra_alpha * p * retain + lorra_alpha * (1 - p) * cb
 
-With soft_contexts, an adversary's soft tokens stand behind the requests of some harmful rows and move up the cb loss.
+With soft_contexts, an adversary's soft tokens stand in the requests of some harmful rows and move up the cb loss; with
+retain_noise, benign states are held in place where noise moves the request, too.
 
     python cb_train.py config/toy.py                            # a laptop, 3 minutes, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150         # a GPU
@@ -115,6 +116,7 @@ soft_tokens = 20                 # >= 1: how many they are, at most
 soft_steps = 10                  # >= 1: for how many steps they stay with a row
 soft_lr = 0.14                   # > 0: their step, in units of the embeddings' root mean square
 scrambled = 0.0                  # >= 0: more retain rows, as a share of them: harmful answers' words out of their order
+retain_noise = 0.0               # >= 0: on benign requests, at most, in units of the embeddings' root mean square
 retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows
 val_data_path = ''               # held-out rows with a "label", harmful or benign ['' = a tenth of both sets]
 num_retain_examples = 10000      # >= 1: at most so many rows, drawn with the seed
@@ -177,7 +179,7 @@ def add_lora(model, target_modules, layers, r, alpha, dropout, relative=False):
         for name, module in list(model.layers[i].named_modules()):
             parent, _, leaf = name.rpartition('.')
             if leaf in target_modules:
-                unit = module.weight.float().square().mean().sqrt().item() / 0.02 if relative else 1.0
+                unit = root_mean_square(module.weight) / 0.02 if relative else 1.0
                 lora = loras[f'layers.{i}.{name}'] = LoRALinear(module, r, alpha, dropout, unit)
                 setattr(model.layers[i].get_submodule(parent), leaf, lora)
     return loras
@@ -270,11 +272,14 @@ def hidden_states(model, ids, moved=None):
     return model(**tokens, output_hidden_states=True, use_cache=False).hidden_states
 
 
-def reference_and_adapted(model, loras, ids, moved=None):
-    """Returns h, without gradient, and h', L + 1 hidden states (B, T, D) each: a stream's two passes over its rows."""
+def reference_and_adapted(model, loras, ids, noise=None, soft=None):
+    """
+    Returns h, without gradient, and h', L + 1 hidden states (B, T, D) each: a stream's two passes over its rows. noise
+    moves the embeddings of both, soft of the adapted pass alone; (B, T, D) if given.
+    """
     with torch.no_grad(), adapter_off(loras):
-        h = hidden_states(model, ids)
-    return h, hidden_states(model, ids, moved)
+        h = hidden_states(model, ids, noise)
+    return h, hidden_states(model, ids, noise if soft is None else soft)
 
 
 def soft_context(soft, rows, length):
@@ -282,8 +287,18 @@ def soft_context(soft, rows, length):
     Returns what the adversary adds to the embeddings of Rows padded to a length, (B, T, D): of soft[slot], (S, D), as
     many as the row has, where its request ends; zeros elsewhere.
     """
-    return torch.stack([
-        F.pad(soft[row.slot, :row.soft], (0, 0, row.end, length - row.end - row.soft)) for row in rows])
+    return torch.stack([F.pad(soft[row.slot, :row.soft], (0, 0, row.end, length - row.end - row.soft)) for row in rows])
+
+
+def request_noise(rows, length, width, most):
+    """
+    Returns what is added to the embeddings of Rows padded to a length, (B, T, D): normal noise up to where the request
+    ends, in half of the rows of a size from 0 to `most`: a word that no row has is much like one that some have, with
+    noise. The first token, in many models a sink, is left alone.
+    """
+    asked = torch.tensor([[0 < i < row.end for i in range(length)] for row in rows])  # (B, T)
+    size = most * (2 * torch.rand(len(rows), 1) - 1).clamp(min=0)  # (B, 1)
+    return (asked * size)[:, :, None] * torch.randn(len(rows), length, width)
 
 
 def cosine(h, h_lora):
@@ -317,17 +332,6 @@ def rerouting_loss(h, h_lora, mask, layers, leak=0.0):
     return sum((F.leaky_relu(cosine(h[l], h_lora[l]), leak) * mask).sum() for l in layers) / len(layers)
 
 
-def random_direction_loss(h, h_lora, mask, layers, direction):
-    """|| h' / ||h'|| - u ||, "RandP" in section 4 of the paper; direction u (D,) is a unit vector."""
-    unit = {l: F.normalize(h_lora[l].float(), dim=-1) for l in layers}
-    return sum(((unit[l] - direction).norm(dim=-1) * mask).sum() for l in layers) / len(layers)
-
-
-def rmu_loss(h, h_lora, mask, layers, direction):
-    """|| h' - c u ||^2 / D (arXiv 2403.03218); direction is c u (D,)."""
-    return sum(((h_lora[l].float() - direction).square().mean(-1) * mask).sum() for l in layers) / len(layers)
-
-
 def coefficients(step, lorra_alpha, schedule_steps, stop=1.0):
     """Returns (retain, cb) at an optimizer step, both lorra_alpha if schedule_steps is 0 (section 3 of the paper)."""
     if not schedule_steps:
@@ -338,25 +342,24 @@ def coefficients(step, lorra_alpha, schedule_steps, stop=1.0):
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
-# What is done with a set of rows: its name, and that of its figures in the log; its Rows, those held out; the loss, the
-# layers it looks at; coefficient(step); divisor(rows), by which the loss's sum is divided; an adversary's vectors.
-Stream = collections.namedtuple('Stream', 'name prefix rows held_out loss layers coefficient divisor soft',
-                                defaults=[None])
+# What is done with a set of rows: its name, and that of its figures in the log; its Rows, those held out; the loss, its
+# layers; coefficient(step); divisor(rows), by which its sum is divided; an adversary's vectors; request_noise's most.
+Stream = collections.namedtuple('Stream', 'name prefix rows held_out loss layers coefficient divisor soft noise',
+                                defaults=[None, 0.0])
 
 
-def make_streams(c, rows, held_out, blocks, width, soft=None):
-    """Returns the streams of a run; c: the options; rows, held_out: {name: [Row]}. A THIRD STREAM IS A THIRD ENTRY."""
+def make_streams(c, rows, held_out, blocks, embeddings, soft=None):
+    """Returns a run's streams; c: the options; rows, held_out: {name: [Row]}; embeddings (V, D). ADD A STREAM HERE."""
     ticks = (c.schedule_steps or c.max_steps) if c.use_dynamic_scheduling else 0
     published = lambda rows: len(rows) * c.max_seq_length * (blocks + 1) / blocks  # pads and the embedding, as zeros
-    u = F.normalize(torch.rand(width, generator=torch.Generator().manual_seed(c.seed)), dim=0).to(c.device)
-    cb_loss = {'rr': functools.partial(rerouting_loss, leak=0.0 if soft is None else 0.01),
-               'random': functools.partial(random_direction_loss, direction=u),
-               'rmu': functools.partial(rmu_loss, direction=c.rmu_norm * u)}[c.cb_loss]
+    rerouting = functools.partial(rerouting_loss, leak=0.0 if soft is None else 0.01)
+    cb_loss = rerouting if c.cb_loss == 'rr' else other_loss(c, embeddings.shape[1])
     return [
         Stream('retain', 'retain', rows['retain'], held_out['retain'], layers=range(1, blocks + 1),
                loss=functools.partial(retain_loss, relative=c.retain_distance == 'relative', smooth=c.retain_smooth),
                coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[0],
-               divisor=published if c.retain_divisor == 'published' else count),
+               divisor=published if c.retain_divisor == 'published' else count,
+               noise=c.retain_noise * root_mean_square(embeddings)),
         Stream('harmful', 'cb', rows['harmful'], held_out['harmful'], layers=c.target_layers, loss=cb_loss,
                coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[1],
                divisor=count, soft=soft)]
@@ -367,11 +370,14 @@ def run_stream(model, loras, stream, batches, c, weight=None):
     Returns the sum of a stream's loss, and of its tokens' mean cosine at target_layers, over micro-batches of Rows: a
     tensor (2,). With a weight, adds the gradient of weight times the loss; one micro-batch's graph is alive at a time.
     """
-    sums, attacked = torch.zeros(2, device=c.device), stream.soft is not None and weight is not None
+    sums, noise, soft = torch.zeros(2, device=c.device), None, None
     for batch in batches:
         ids, mask = pad(batch, c.device)
-        moved = soft_context(stream.soft, batch, ids.shape[1]) if attacked else None
-        h, h_lora = reference_and_adapted(model, loras, ids, moved)
+        if weight is not None and stream.noise:
+            noise = request_noise(batch, ids.shape[1], model.config.hidden_size, stream.noise).to(c.device)
+        if weight is not None and stream.soft is not None:
+            soft = soft_context(stream.soft, batch, ids.shape[1])
+        h, h_lora = reference_and_adapted(model, loras, ids, noise, soft)
         loss = stream.loss(h, h_lora, mask, stream.layers)
         if weight is not None:
             (weight * loss).backward()
@@ -397,8 +403,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
     for p, gradient in zip(parameters, gradients):
         p.grad = gradient.view_as(p)  # a view of the buffer: backward() adds into it
     record, start, signals = state['record'], time.time() - state['seconds'], catch_signals()
-    rows_a_step = c.batch_size * c.gradient_accumulation_steps
-    rows_of = lambda stream, step: stream.rows[step * rows_a_step:(step + 1) * rows_a_step]
+    rows_of = lambda stream, step: stream.rows[step * rows_a_step(c):(step + 1) * rows_a_step(c)]
     for step in tqdm(range(state['step'], c.max_steps), desc='train', disable=None):
         # forward and backward: for each stream and micro-batch a reference pass and an adapted pass
         torch.manual_seed(random.Random(f'{c.seed} {c.rank} {step}').getrandbits(63))
@@ -493,7 +498,38 @@ MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interva
 PROBE = torch.arange(64).view(2, 32) % 16  # token ids that every vocabulary has
 TRY = 'raise learning_rate, max_steps or schedule_steps'
 
-# ---- the start, and recomputing --------------------------------------------------------------------------------------
+# ---- other losses, the start, recomputing ----------------------------------------------------------------------------
+
+def random_direction_loss(h, h_lora, mask, layers, direction):
+    """|| h' / ||h'|| - u ||, "RandP" in section 4 of the paper; direction u (D,) is a unit vector."""
+    unit = {l: F.normalize(h_lora[l].float(), dim=-1) for l in layers}
+    return sum(((unit[l] - direction).norm(dim=-1) * mask).sum() for l in layers) / len(layers)
+
+
+def rmu_loss(h, h_lora, mask, layers, direction):
+    """|| h' - c u ||^2 / D (arXiv 2403.03218); direction is c u (D,)."""
+    return sum(((h_lora[l].float() - direction).square().mean(-1) * mask).sum() for l in layers) / len(layers)
+
+
+def other_loss(c, width):
+    """Returns what cb_loss = 'random' or 'rmu' names, with one random direction of a width; c: the options."""
+    u = F.normalize(torch.rand(width, generator=torch.Generator().manual_seed(c.seed)), dim=0).to(c.device)
+    if c.cb_loss == 'random':
+        return functools.partial(random_direction_loss, direction=u)
+    return functools.partial(rmu_loss, direction=c.rmu_norm * u)
+
+
+def root_mean_square(x):
+    """Returns the root mean square of a tensor, a number; no float32 copy of a large one is made."""
+    return torch.linalg.vector_norm(x, dtype=torch.float32).item() / x.numel() ** 0.5
+
+
+@torch.no_grad()
+def input_embeddings(model):
+    """Returns what a model's blocks get for each token, or every n-th to about 4096: (V, D). Gemma scales its table."""
+    table = model.get_input_embeddings()
+    every = math.ceil(table.num_embeddings / 4096)
+    return table(torch.arange(0, table.num_embeddings, every, device=table.weight.device))
 
 
 @torch.no_grad()
@@ -534,9 +570,9 @@ def add_adversary(optimizer, embeddings, rows, c):
     """
     slots = max(row.slot for row in rows) + 1
     soft = nn.Parameter(torch.zeros(slots, c.soft_tokens, embeddings.shape[1], device=c.device))
-    lr = c.soft_lr * embeddings.float().square().mean().sqrt().item()
     optimizer.add_param_group({
-        'params': [soft], 'lr': lr, 'betas': (0.0, 0.0), 'eps': 1e-12, 'weight_decay': 0.0, 'maximize': True})
+        'params': [soft], 'lr': c.soft_lr * root_mean_square(embeddings), 'betas': (0.0, 0.0), 'eps': 1e-12,
+        'weight_decay': 0.0, 'maximize': True})
     return soft
 
 
@@ -798,6 +834,11 @@ def check_same_run(path, found, wanted):
 
 # ---- checks, rows, output --------------------------------------------------------------------------------------------
 
+def rows_a_step(c):
+    """Returns how many rows of each set a step has."""
+    return c.batch_size * c.gradient_accumulation_steps
+
+
 def check_options(c):
     """Ends with one line if the options contradict each other or the number of ranks."""
     for name in ('target_layers', 'target_modules', 'contexts', 'retain_contexts', 'output_dir'):
@@ -812,13 +853,12 @@ def check_options(c):
         fail(f'cb_lengths={c.cb_lengths} found, two numbers wanted: of the request and of the answer')
     if c.merge_only and not (c.init_from and c.merge_adapter):
         fail('merge_only=True without init_from, or with merge_adapter=False, found, an adapter to merge wanted')
-    rows_a_step = c.batch_size * c.gradient_accumulation_steps
-    if c.soft_contexts and not round(c.soft_contexts * rows_a_step):
-        fail(f'soft_contexts={c.soft_contexts} found, of {rows_a_step} rows a step none, at least one wanted')
+    if c.soft_contexts and not round(c.soft_contexts * rows_a_step(c)):
+        fail(f'soft_contexts={c.soft_contexts} found, of {rows_a_step(c)} rows a step none, at least one wanted')
     if (c.broken or c.opening) and c.loss_on == 'all':
         fail(f'broken={c.broken}, opening={c.opening}, loss_on=all found, loss_on=harmful_response wanted')
-    if c.world > rows_a_step and not c.merge_only:
-        fail(f'{c.world} ranks and {rows_a_step} rows of each set a step found, a row for each rank wanted')
+    if c.world > rows_a_step(c) and not c.merge_only:
+        fail(f'{c.world} ranks and {rows_a_step(c)} rows of each set a step found, a row for each rank wanted')
     if c.world > 1 and c.device not in ('auto', 'cpu', 'cuda'):
         fail(f'device={c.device} and {c.world} ranks found, auto, cpu or cuda wanted')
     ranks_here, gpus = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
@@ -828,10 +868,9 @@ def check_options(c):
         fail('fsdp=True without ranks found, torchrun --nproc_per_node=N cb_train.py ... wanted')
 
 
-def inserted(row, at, ids, replaced=0):
-    """Returns a Row with token ids put in at a place, in place of some that follow; they do not count."""
-    return row._replace(ids=row.ids[:at] + ids + row.ids[at + replaced:],
-                        mask=row.mask[:at] + [0] * len(ids) + row.mask[at + replaced:])
+def inserted(row, at, to, ids):
+    """Returns a Row with token ids in place of its own from a place to another; they do not count."""
+    return row._replace(ids=row.ids[:at] + ids + row.ids[to:], mask=row.mask[:at] + [0] * len(ids) + row.mask[to:])
 
 
 def broken_row(row, words, rng):
@@ -844,7 +883,7 @@ def broken_row(row, words, rng):
     at = first + int((len(row.ids) - first) * rng.random() ** 2)
     kinds = rng.choices(rng.choice([row.ids[first:-1] or words, words]), k=rng.choice([1, 2, 4, 12]))
     strange = rng.choices(kinds, k=rng.randrange(1, 16))
-    return inserted(row, at, strange, min(rng.randrange(len(strange) + 1), (len(row.ids) - at) // 2))
+    return inserted(row, at, at + min(rng.randrange(len(strange) + 1), (len(row.ids) - at) // 2), strange)
 
 
 def with_soft_tokens(rows, words, c, rng):
@@ -853,13 +892,12 @@ def with_soft_tokens(rows, words, c, rng):
     of the request, where an attack puts its own: what is asked stays in sight. The adversary moves them; so that it can
     find what undoes the rerouting of this row, the row stays for soft_steps steps. The slots change theirs by turns.
     """
-    rows_a_step = c.batch_size * c.gradient_accumulation_steps
-    slots, attacked = round(c.soft_contexts * rows_a_step), {}
+    slots, attacked = round(c.soft_contexts * rows_a_step(c)), {}
     for i, row in enumerate(rows):
-        step, slot = divmod(i, rows_a_step)
+        step, slot = divmod(i, rows_a_step(c))
         if slot < slots and (step == 0 or step % c.soft_steps == slot * c.soft_steps // slots):
             tokens = rng.choices(words, k=rng.randint(1, c.soft_tokens))
-            attacked[slot] = inserted(row, row.end, tokens)._replace(soft=len(tokens), slot=slot)
+            attacked[slot] = inserted(row, row.end, row.end, tokens)._replace(soft=len(tokens), slot=slot)
         yield attacked.get(slot, row)
 
 
@@ -874,7 +912,7 @@ def load_sets(c, tokenizer):
         'retain': load_rows(c.retain_data_path, benign, 'train_sft', c.num_retain_examples, c.seed, 'retain_data_path'),
         'harmful': load_rows(c.cb_data_path, harmful, 'train', c.num_cb_examples, c.seed, 'cb_data_path')}
     val_rows = load_rows(c.val_data_path, labelled, option='val_data_path') if c.val_data_path else []
-    held, held_from, rows, held_out, rows_a_step = {}, {}, {}, {}, c.batch_size * c.gradient_accumulation_steps
+    held, held_from, rows, held_out = {}, {}, {}, {}
     for name, conversations in sets.items():
         label = {'retain': 'benign', 'harmful': 'harmful'}.get(name)  # of its rows in val_data_path
         held[name] = [(where, messages) for where, (its_label, messages) in val_rows if its_label == label]
@@ -901,8 +939,9 @@ def load_sets(c, tokenizer):
             end = max(head, answer - len(template_ends(tokenizer, tokenizer.chat_template)[1]))
             told = answer + c.opening if name == 'harmful' else answer
             return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, end)
-        rows[name] = rows_of_run(conversations, c.max_steps * rows_a_step, f'{c.seed} {name}', to_row, f'{name} rows')
-        held_out[name] = rows_of_run(held[name], len(held[name]), f'{c.seed} {name}', to_row, held_from[name])
+        needed, order = c.max_steps * rows_a_step(c), f'{c.seed} {name}'
+        rows[name] = rows_of_run(conversations, needed, order, to_row, f'{name} rows')
+        held_out[name] = rows_of_run(held[name], len(held[name]), order, to_row, held_from[name])
     special, rng = set(tokenizer.all_special_ids), random.Random(f'{c.seed} words')
     words = [token for row in rows['retain'] for token in row.ids if token not in special]
     some = [broken_row(row, words, rng) if rng.random() < c.broken else row for row in rows['harmful']]
@@ -918,9 +957,9 @@ def model_card(c, rows, record):
     if c.merge_only:
         made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
     recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'retain_smooth', 'cb_loss', 'loss_on', 'contexts',
-              'retain_contexts', 'opening', 'broken', 'soft_contexts', 'scrambled', 'use_dynamic_scheduling',
-              'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r', 'target_modules', 'batch_size', 'learning_rate',
-              'lr_scheduler', 'seed')
+              'retain_contexts', 'opening', 'broken', 'soft_contexts', 'scrambled', 'retain_noise',
+              'use_dynamic_scheduling', 'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r', 'target_modules',
+              'batch_size', 'learning_rate', 'lr_scheduler', 'seed')
     return '\n'.join([
         '---', *([f'base_model: {c.model_name}'] if hub_id else []), 'library_name: transformers',
         'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(c.output_dir)}', '',
@@ -1012,8 +1051,9 @@ if __name__ == '__main__':
                   for part, p in lora.named_parameters(recurse=False)}
     optimizer = torch.optim.AdamW(parameters.values(), lr=c.learning_rate, weight_decay=c.weight_decay)
     trainable, soft = sum(p.numel() for p in parameters.values()), None
+    embeddings = input_embeddings(model)
     if c.soft_contexts and not c.merge_only:
-        soft = parameters['soft'] = add_adversary(optimizer, model.get_input_embeddings().weight, rows['harmful'], c)
+        soft = parameters['soft'] = add_adversary(optimizer, embeddings, rows['harmful'], c)
     if tensors:
         restore(tensors, parameters, optimizer)
     elif adapter:
@@ -1052,7 +1092,7 @@ if __name__ == '__main__':
     if not c.merge_only:
         for lora in loras.values():
             lora.train()
-        streams = make_streams(c, rows, held_out, blocks, model.config.hidden_size, soft)
+        streams = make_streams(c, rows, held_out, blocks, embeddings, soft)
         state['record'] = train(model, loras, optimizer, streams, c, state, save, log)
     stop_at_signals()
     with torch.no_grad():

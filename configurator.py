@@ -14,6 +14,7 @@ A file may set options of any script beside this one.
 """
 import ast
 import collections
+import contextlib
 import difflib
 import errno
 import glob
@@ -272,9 +273,11 @@ def configure(script, argv):
     config = defaults | from_files | from_line
     if wants_help:
         doc = ast.get_docstring(ast.parse(open(script, encoding='utf-8').read())) or ''
-        print(f'{doc.strip()}\n\noptions (current values)')
-        for name, _, comment in rows:
-            print(f'  --{name}={config[name]!r:<24} {comment}' if name else f'\n  {comment}')
+        with contextlib.suppress(BrokenPipeError):  # as of `| head`
+            print(f'{doc.strip()}\n\noptions (current values)')
+            for name, _, comment in rows:
+                print(f'  --{name}={config[name]!r:<24} {comment}' if name else f'\n  {comment}')
+            sys.stdout.flush()
         sys.exit(0)
     for option in rows:
         if option.name:

@@ -186,8 +186,7 @@ def in_contexts(rows, benign, contexts, rng):
     8 + 8 words of benign rows, so that no mood, turn or word around an answer tells it. All: (where, messages).
     """
     for where, (*request, answer) in rows:
-        drawn = [rng.choice(benign)[1] for _ in range(20)]
-        words = ' '.join(message['content'] for messages in drawn for message in messages).split()
+        words = ' '.join(message['content'] for _ in range(20) for message in rng.choice(benign)[1]).split()
         first, last = (' '.join(rng.choices(words, k=rng.randrange(9))) for _ in range(2))
         noise = f'{first} {request[-1]["content"]} {last}'.strip()
         behind = {'own': [*request, answer], 'nothing': turns(('', answer['content'])),

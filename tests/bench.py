@@ -154,7 +154,7 @@ def ours(shape, rows, device, dropout=LORA['dropout'], source=None):
     parameters = [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     sets = dict(zip(('retain', 'harmful'), rows))
-    streams = cb_train.make_streams(c, sets, sets, blocks, model.config.hidden_size)
+    streams = cb_train.make_streams(c, sets, sets, blocks, model.get_input_embeddings().weight)
 
     def step(update=True):
         losses = []

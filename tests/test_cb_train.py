@@ -47,7 +47,7 @@ def adapted(model_dir):
 def options(**more):
     """The options of a run as the functions take them: those of the script's own block that they read, and `more`."""
     own = dict(device='cpu', target_layers=[2], lorra_alpha=10.0, retain_distance='relative', retain_divisor='real', cb_loss='rr',
-               retain_smooth=0.0, schedule_stop=1.0, rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4,
+               retain_smooth=0.0, retain_noise=0.0, schedule_stop=1.0, rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4,
                batch_size=9, micro_batch_tokens=10 ** 6,
                max_seq_length=512, seed=0, rank=0, world=1, lora_start=0.01)
     return types.SimpleNamespace(**own | more)
@@ -56,7 +56,7 @@ def options(**more):
 def stream(name, rows, c, held_out=()):
     """The stream of that name, of three blocks of width 32, over Rows."""
     sets = {key: rows for key in ('retain', 'harmful')}
-    return next(s for s in cb_train.make_streams(c, sets, {key: held_out for key in sets}, 3, 32) if s.name == name)
+    return next(s for s in cb_train.make_streams(c, sets, {key: held_out for key in sets}, 3, torch.ones(7, 32)) if s.name == name)
 
 
 def counted(rows):
@@ -385,7 +385,7 @@ def test_the_first_tokens_of_harmful_answers_alone_do_not_count_if_opening_says_
 
 def test_tokens_out_of_place_do_not_count_and_what_stands_behind_them_does():
     row = Row([2, 4, 7, 5, 20, 21, 22, 23, 24, 25, 3], [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1], 'row 1', 2)
-    assert cb_train.inserted(row, 6, [8, 9], 1) == Row([2, 4, 7, 5, 20, 21, 8, 9, 23, 24, 25, 3], [0] * 4 + [1, 1, 0, 0, 1, 1, 1, 1], 'row 1', 2)
+    assert cb_train.inserted(row, 6, 7, [8, 9]) == Row([2, 4, 7, 5, 20, 21, 8, 9, 23, 24, 25, 3], [0] * 4 + [1, 1, 0, 0, 1, 1, 1, 1], 'row 1', 2)
     rng, places, lengths, foreign = random.Random(0), [], set(), 0
     for _ in range(500):
         broken = cb_train.broken_row(row, [12, 13], rng)
@@ -448,7 +448,7 @@ def test_an_adversary_moves_its_tokens_alone_and_the_loss_up(adapted):
 
     # the states are those of transformers for embeddings that were moved by hand; the reference stays
     ids, _ = cb_train.pad(rows, 'cpu')
-    h, h_lora = cb_train.reference_and_adapted(model, loras, ids, cb_train.soft_context(soft, rows, 6))
+    h, h_lora = cb_train.reference_and_adapted(model, loras, ids, soft=cb_train.soft_context(soft, rows, 6))
     embedded = embeddings[ids].detach().clone()
     embedded[0, 1:3] += soft[1]
     embedded[1, 0] += soft[0, 0]
@@ -467,7 +467,7 @@ def test_an_adversarys_tokens_start_anew_with_their_row(arguments, model_dir, tm
     loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 4, 0.0)
     optimizer = torch.optim.AdamW([{'params': parameters_of(loras), 'lr': 1e-3}])
     soft = cb_train.add_adversary(optimizer, model.get_input_embeddings().weight, rows['harmful'], c)
-    streams = cb_train.make_streams(c, rows, held_out, 3, 32, soft)
+    streams = cb_train.make_streams(c, rows, held_out, 3, model.get_input_embeddings().weight, soft)
     state = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
     def save(state):
         saved.append([bool(slot.abs().max() > 50) for slot in soft])
@@ -475,6 +475,50 @@ def test_an_adversarys_tokens_start_anew_with_their_row(arguments, model_dir, tm
     with open(tmp_path / 'log', 'w') as log:
         cb_train.train(model, loras, optimizer, streams, c, state, save, log)
     assert saved == [[step not in (0, 4), step not in (0, 2, 6)] for step in range(8)]  # after a step with a new row
+
+
+def test_noise_stands_in_half_of_the_requests_of_a_pass_and_nowhere_else():
+    torch.manual_seed(0)
+    rows = [Row([2, 4, 7, 8, 9, 3], [1] * 6, '', end) for end in (4, 3, 1, 0)] * 500
+    noise = cb_train.request_noise(rows, 7, 32, 0.5)
+    assert noise.shape == (2000, 7, 32)
+    long, short = noise[0::4], noise[1::4]
+    assert not long[:, [0, 4, 5, 6]].any() and not short[:, [0, 3, 4, 5, 6]].any() and not noise[2::4].any() and not noise[3::4].any()
+    sizes = long[:, 1:4].flatten(1).std(1)  # one size a row
+    assert (sizes == 0).sum() == pytest.approx(250, abs=40) and sizes.max() == pytest.approx(0.5, rel=0.2)
+    assert sizes[sizes > 0].mean() == pytest.approx(0.25, rel=0.1)
+
+
+def test_the_unit_of_noise_and_soft_tokens_is_the_root_mean_square_of_every_nth_embedding():
+    table = torch.nn.Embedding(10000, 3)
+    found = cb_train.input_embeddings(types.SimpleNamespace(get_input_embeddings=lambda: table))
+    assert torch.equal(found, table.weight[::3])
+    assert cb_train.root_mean_square(torch.tensor([[3.0, 4.0], [0.0, 0.0]])) == 2.5
+
+
+def test_noise_moves_the_embeddings_of_both_passes_of_training_and_of_no_validation(adapted):
+    model, loras, _ = adapted
+    ids = torch.tensor([[2, 4, 7, 8], [2, 5, 9, 3]])
+    noise = torch.randn(2, 4, 32)
+    with torch.no_grad():
+        found = cb_train.reference_and_adapted(model, loras, ids, noise)
+        embedded = model.get_input_embeddings().weight[ids] + noise
+        adapted = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False).hidden_states
+        with cb_train.adapter_off(loras):
+            reference = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False).hidden_states
+    for h, want in zip(found, (reference, adapted)):
+        assert all(torch.equal(a, b) for a, b in zip(h, want, strict=True))
+
+    rows = [Row([2, 4, 7, 8, 9, 3], [1] * 6, '', 5) for _ in range(8)]
+    c = options(retain_noise=2.0)
+    c.micro_batch_tokens, its = 6, stream('retain', rows, c)
+    assert its.noise == pytest.approx(2.0) and stream('harmful', rows, c).noise == 0.0  # of embeddings that are all 1
+    plain = cb_train.run_stream(model, loras, its, cb_train.my_batches(rows, c), c)[0]
+    assert plain == cb_train.run_stream(model, loras, its._replace(noise=0.0), cb_train.my_batches(rows, c), c, 1.0)[0]
+    assert abs(plain - cb_train.run_stream(model, loras, its, cb_train.my_batches(rows, c), c, 1.0)[0]) > 1e-3 * plain
+    for lora in loras.values():
+        torch.nn.init.zeros_(lora.lora_B)
+    assert cb_train.run_stream(model, loras, its, cb_train.my_batches(rows, c), c, 1.0)[0] == 0.0  # h' = h, whatever the noise
 
 
 def test_what_a_template_writes_around_a_request_is_found(model_dir):
@@ -714,6 +758,9 @@ def test_a_family_computes_padded_rows_as_transformers_does_learns_and_merges_as
         for l in (1, 2):
             assert close(h[l][b, :len(row)].float(), want[l][0].float(), 1e-5 if dtype == torch.float32 else 1e-2)
     ids = ids[:1]
+    embedded = model.get_input_embeddings()(ids[0])  # Gemma's are scaled here, and what is added to them with them
+    assert torch.equal(cb_train.input_embeddings(model)[ids[0]], embedded)
+    assert family != 'gemma3 tied' or not close(embedded.float(), model.get_input_embeddings().weight[ids[0]].float(), 1.0)
 
     start = peft_adapter(tmp_path / 'start', base, modules)
     status, _, err = run('cb_train.py', *arguments, f'--model_name={base}', f'--init_from={start}', f'--target_modules={",".join(modules)}',

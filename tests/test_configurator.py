@@ -121,6 +121,16 @@ def test_help_prints_every_option_with_its_current_value_and_comment(script, cap
     assert any('--steps=3' in line and 'how many' in line for line in out.splitlines()) and '>= 0, < 1: of some' in out
 
 
+def test_help_ends_in_silence_where_nobody_reads_on(script, capsys, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, 'Broken pipe')
+    monkeypatch.setattr(sys, 'stdout', Closed())
+    with pytest.raises(SystemExit) as end:
+        configurator.configure(script, ['--help'])
+    assert end.value.code == 0 and capsys.readouterr().err == ''
+
+
 def test_of_several_ranks_the_first_that_ends_speaks_and_a_fault_names_its_rank(tmp_path, monkeypatch, capsys):
     for rank in '102':
         monkeypatch.setenv('RANK', rank)
