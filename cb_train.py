@@ -520,7 +520,7 @@ def other_loss(c, width):
 
 
 def root_mean_square(x):
-    """Returns the root mean square of a tensor, a number; no float32 copy of a large one is made."""
+    """Returns the root mean square of a tensor, a number, computed in float32."""
     return torch.linalg.vector_norm(x, dtype=torch.float32).item() / x.numel() ** 0.5
 
 

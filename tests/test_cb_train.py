@@ -503,10 +503,10 @@ def test_noise_moves_the_embeddings_of_both_passes_of_training_and_of_no_validat
     with torch.no_grad():
         found = cb_train.reference_and_adapted(model, loras, ids, noise)
         embedded = model.get_input_embeddings().weight[ids] + noise
-        adapted = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False).hidden_states
+        moved = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False).hidden_states
         with cb_train.adapter_off(loras):
             reference = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False).hidden_states
-    for h, want in zip(found, (reference, adapted)):
+    for h, want in zip(found, (reference, moved)):
         assert all(torch.equal(a, b) for a, b in zip(h, want, strict=True))
 
     rows = [Row([2, 4, 7, 8, 9, 3], [1] * 6, '', 5) for _ in range(8)]
