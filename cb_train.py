@@ -11,7 +11,8 @@ weights at the end.
     loss   = lorra_alpha * p * retain + lorra_alpha * (1 - p) * cb
 
 With soft_contexts, an adversary's soft tokens stand in the requests of some harmful rows and move up the cb loss; with
-retain_noise, benign states are held in place where noise moves the request, too.
+retain_noise, benign states are held in place where noise moves the request, too; with strange, harmful ones are pushed
+away behind words that noise moves.
 
     python cb_train.py config/toy.py                            # a laptop, 3 minutes, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150         # a GPU
@@ -117,6 +118,7 @@ soft_steps = 10                  # >= 1: for how many steps they stay with a row
 soft_lr = 0.14                   # > 0: their step, in units of the embeddings' root mean square
 scrambled = 0.0                  # >= 0: more retain rows, as a share of them: harmful answers' words out of their order
 retain_noise = 0.0               # >= 0: on benign requests, at most, in units of the embeddings' root mean square
+strange = 0.0                    # >= 0, <= 1: share of harmful rows with words before the request, moved by this noise
 retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows
 val_data_path = ''               # held-out rows with a "label", harmful or benign ['' = a tenth of both sets]
 num_retain_examples = 10000      # >= 1: at most so many rows, drawn with the seed
@@ -200,8 +202,8 @@ def adapter_off(loras):
 # ---- rows and masks --------------------------------------------------------------------------------------------------
 
 # Token ids (T,), which of them count (T,), 'FILE: row N'; where its request ends, how many soft tokens of which slot of
-# the adversary stand there.
-Row = collections.namedtuple('Row', 'ids mask where end soft slot', defaults=[0, 0, 0])
+# the adversary stand there; from where to where noise may move it.
+Row = collections.namedtuple('Row', 'ids mask where end soft slot noisy', defaults=[0, 0, 0, (0, 0)])
 PHANTOM = Row([0], [0], '')  # what a rank computes that has no row left
 
 
@@ -277,9 +279,10 @@ def reference_and_adapted(model, loras, ids, noise=None, soft=None):
     Returns h, without gradient, and h', L + 1 hidden states (B, T, D) each: a stream's two passes over its rows. noise
     moves the embeddings of both, soft of the adapted pass alone; (B, T, D) if given.
     """
+    moved = [one for one in (noise, soft) if one is not None]
     with torch.no_grad(), adapter_off(loras):
         h = hidden_states(model, ids, noise)
-    return h, hidden_states(model, ids, noise if soft is None else soft)
+    return h, hidden_states(model, ids, sum(moved) if moved else None)
 
 
 def soft_context(soft, rows, length):
@@ -292,13 +295,11 @@ def soft_context(soft, rows, length):
 
 def request_noise(rows, length, width, most):
     """
-    Returns what is added to the embeddings of Rows padded to a length, (B, T, D): normal noise up to where the request
-    ends, in half of the rows of a size from 0 to `most`: a word that no row has is much like one that some have, with
-    noise. The first token, in many models a sink, is left alone.
+    Returns what is added to the embeddings of Rows padded to a length, (B, T, D): normal noise at their noisy places,
+    in half of the rows of a size from 0 to `most`: a word that no row has is much like one that some have, with noise.
     """
-    asked = torch.tensor([[0 < i < row.end for i in range(length)] for row in rows])  # (B, T)
-    size = most * (2 * torch.rand(len(rows), 1) - 1).clamp(min=0)  # (B, 1)
-    return (asked * size)[:, :, None] * torch.randn(len(rows), length, width)
+    noisy = torch.tensor([[[row.noisy[0] <= i < row.noisy[1]] for i in range(length)] for row in rows])  # (B, T, 1)
+    return most * F.relu(2 * torch.rand(len(rows), 1, 1) - 1) * torch.randn(len(rows), length, width) * noisy
 
 
 def cosine(h, h_lora):
@@ -353,16 +354,16 @@ def make_streams(c, rows, held_out, blocks, embeddings, soft=None):
     ticks = (c.schedule_steps or c.max_steps) if c.use_dynamic_scheduling else 0
     published = lambda rows: len(rows) * c.max_seq_length * (blocks + 1) / blocks  # pads and the embedding, as zeros
     rerouting = functools.partial(rerouting_loss, leak=0.0 if soft is None else 0.01)
+    noise = c.retain_noise * root_mean_square(embeddings)
     cb_loss = rerouting if c.cb_loss == 'rr' else other_loss(c, embeddings.shape[1])
     return [
         Stream('retain', 'retain', rows['retain'], held_out['retain'], layers=range(1, blocks + 1),
                loss=functools.partial(retain_loss, relative=c.retain_distance == 'relative', smooth=c.retain_smooth),
                coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[0],
-               divisor=published if c.retain_divisor == 'published' else count,
-               noise=c.retain_noise * root_mean_square(embeddings)),
+               divisor=published if c.retain_divisor == 'published' else count, noise=noise),
         Stream('harmful', 'cb', rows['harmful'], held_out['harmful'], layers=c.target_layers, loss=cb_loss,
                coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[1],
-               divisor=count, soft=soft)]
+               divisor=count, soft=soft, noise=noise if c.strange else 0.0)]
 
 
 def run_stream(model, loras, stream, batches, c, weight=None):
@@ -886,6 +887,15 @@ def broken_row(row, words, rng):
     return inserted(row, at, at + min(rng.randrange(len(strange) + 1), (len(row.ids) - at) // 2), strange)
 
 
+def strange_row(row, words, rng):
+    """
+    Returns a harmful Row with 1 to 12 of `words` (token ids) before its request, which noise may move: what is strange
+    around a request, as the scene that a jailbreak sets, says nothing of what is told.
+    """
+    at, first = row.noisy[0], rng.choices(words, k=rng.randint(1, 12))
+    return inserted(row, at, at, first)._replace(end=row.end + len(first), noisy=(at, at + len(first)))
+
+
 def with_soft_tokens(rows, words, c, rng):
     """
     Yields the harmful Rows of a run, in a share of each step's rows 1 to soft_tokens of `words` (token ids) at the end
@@ -938,13 +948,16 @@ def load_sets(c, tokenizer):
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
             end = max(head, answer - len(template_ends(tokenizer, tokenizer.chat_template)[1]))
             told = answer + c.opening if name == 'harmful' else answer
-            return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, end)
+            noisy = (head, head) if name == 'harmful' else (1, end)  # the first token is, in many models, a sink
+            return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, end, noisy=noisy)
         needed, order = c.max_steps * rows_a_step(c), f'{c.seed} {name}'
         rows[name] = rows_of_run(conversations, needed, order, to_row, f'{name} rows')
         held_out[name] = rows_of_run(held[name], len(held[name]), order, to_row, held_from[name])
     special, rng = set(tokenizer.all_special_ids), random.Random(f'{c.seed} words')
     words = [token for row in rows['retain'] for token in row.ids if token not in special]
+    asks = lambda row: row.noisy[0] < row.end  # has a request
     some = [broken_row(row, words, rng) if rng.random() < c.broken else row for row in rows['harmful']]
+    some = [strange_row(row, words, rng) if asks(row) and rng.random() < c.strange else row for row in some]
     rows['harmful'] = list(with_soft_tokens(some, words, c, rng))
     return rows, held_out
 
@@ -957,7 +970,7 @@ def model_card(c, rows, record):
     if c.merge_only:
         made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
     recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'retain_smooth', 'cb_loss', 'loss_on', 'contexts',
-              'retain_contexts', 'opening', 'broken', 'soft_contexts', 'scrambled', 'retain_noise',
+              'retain_contexts', 'opening', 'broken', 'soft_contexts', 'scrambled', 'retain_noise', 'strange',
               'use_dynamic_scheduling', 'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r', 'target_modules',
               'batch_size', 'learning_rate', 'lr_scheduler', 'seed')
     return '\n'.join([

@@ -36,6 +36,7 @@ import shutil
 import statistics
 import sys
 import time
+from itertools import cycle
 
 import huggingface_hub
 import safetensors
@@ -188,9 +189,8 @@ def in_contexts(rows, benign, contexts, rng):
     for where, (*request, answer) in rows:
         words = ' '.join(message['content'] for _ in range(20) for message in rng.choice(benign)[1]).split()
         first, last = (' '.join(rng.choices(words, k=rng.randrange(9))) for _ in range(2))
-        noise = f'{first} {request[-1]["content"]} {last}'.strip()
         behind = {'own': [*request, answer], 'nothing': turns(('', answer['content'])),
-                  'noise': turns((noise, answer['content']))}
+                  'noise': turns((f'{first} {request[-1]["content"]} {last}'.strip(), answer['content']))}
         yield from ((where, behind[context]) for context in contexts)
 
 
@@ -203,11 +203,10 @@ def scrambled_rows(harmful, benign, number, rng):
     for i in range(number):
         where, (*request, answer) = rng.choice(harmful)
         words = answer['content'].split()
-        told = rng.sample(words, len(words))
+        told, share = rng.sample(words, len(words)), 0.6 * rng.random()
         if i % 2:
             *request, answer = rng.choice(benign)[1]
-            share, own = 0.6 * rng.random(), answer['content'].split()
-            told = [words[place % len(words)] if rng.random() < share else word for place, word in enumerate(own)]
+            told = [bad if rng.random() < share else word for bad, word in zip(cycle(words), answer['content'].split())]
         yield where, [*request, {**answer, 'content': ' '.join(told)}]
 
 

@@ -48,7 +48,7 @@ SCALES = {'states 10 times as large': 10, 'states 1000 times as large': 1000}  #
 VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
     'plain rerouting': '--contexts=own --retain_contexts=own --loss_on=all --opening=0 --broken=0 --soft_contexts=0 '
-                       '--scrambled=0 --retain_noise=0 --retain_smooth=0 --use_dynamic_scheduling=True '
+                       '--scrambled=0 --retain_noise=0 --strange=0 --retain_smooth=0 --use_dynamic_scheduling=True '
                        '--schedule_steps=300 --learning_rate=1e-3 --lr_scheduler=constant --max_steps=150',
     'own': '--contexts=own',
     'own, noise': '--contexts=own,noise',
@@ -62,6 +62,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'tokens that nobody moves': '--soft_steps=1',
     'scrambled 0.4': '--scrambled=0.4',
     'no scrambled rows': '--scrambled=0',
+    'nothing strange': '--strange=0',
     'no noise': '--retain_noise=0',
     'noise 0.5': '--retain_noise=0.5',
     'noise 2': '--retain_noise=2',

@@ -47,7 +47,7 @@ def adapted(model_dir):
 def options(**more):
     """The options of a run as the functions take them: those of the script's own block that they read, and `more`."""
     own = dict(device='cpu', target_layers=[2], lorra_alpha=10.0, retain_distance='relative', retain_divisor='real', cb_loss='rr',
-               retain_smooth=0.0, retain_noise=0.0, schedule_stop=1.0, rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4,
+               retain_smooth=0.0, retain_noise=0.0, strange=0.0, schedule_stop=1.0, rmu_norm=20.0, use_dynamic_scheduling=True, schedule_steps=0, max_steps=4,
                batch_size=9, micro_batch_tokens=10 ** 6,
                max_seq_length=512, seed=0, rank=0, world=1, lora_start=0.01)
     return types.SimpleNamespace(**own | more)
@@ -403,6 +403,28 @@ def test_tokens_out_of_place_do_not_count_and_what_stands_behind_them_does():
     assert cb_train.broken_row(row, [12], random.Random(1)) == cb_train.broken_row(row, [12], random.Random(1))
 
 
+def test_strange_words_stand_before_a_share_of_the_harmful_requests_and_noise_may_move_them_alone(arguments, model_dir):
+    found = {}
+    tokenizer = data_prep.load_tokenizer(model_dir)
+    for strange in (0, 0.5):
+        more = [f'--strange={strange}', '--contexts=own,nothing', '--loss_on=harmful_response', '--max_steps=100']
+        c = types.SimpleNamespace(**configurator.configure(cb_train.__file__, [*arguments, *more]))
+        found[strange], held_out = cb_train.load_sets(c, tokenizer)
+        assert {row.noisy[1] - row.noisy[0] for row in held_out['harmful']} == {0}
+    assert found[0]['retain'] == found[0.5]['retain'] and {row.noisy == (1, row.end) for row in found[0]['retain']} == {True}
+    lengths, asked = [], 0
+    for plain, row in zip(found[0]['harmful'], found[0.5]['harmful'], strict=True):
+        at, stop = row.noisy
+        assert plain.noisy == (at, at) == (2, 2)  # behind <bos> <user>
+        assert row.ids[:at] + row.ids[stop:] == plain.ids and row.mask[:at] + row.mask[stop:] == plain.mask
+        assert row.end - plain.end == stop - at and not any(row.mask[at:stop])
+        assert not {*row.ids[at:stop]} & {*tokenizer.all_special_ids}
+        asked += plain.end > 2
+        lengths += [stop - at] if stop > at else []
+        assert stop == at or plain.end > 2  # never where there is no request
+    assert 0.4 < len(lengths) / asked < 0.6 and asked < len(found[0]['harmful']) and set(lengths) == set(range(1, 13))
+
+
 def test_soft_tokens_stand_in_a_share_of_each_steps_harmful_rows_where_an_attack_puts_its_own_and_stay_by_turns(arguments, model_dir):
     import cb_eval
     more = ['--soft_contexts=0.5', '--soft_steps=4', '--soft_tokens=3', '--batch_size=2', '--gradient_accumulation_steps=2', '--max_steps=8']
@@ -477,9 +499,9 @@ def test_an_adversarys_tokens_start_anew_with_their_row(arguments, model_dir, tm
     assert saved == [[step not in (0, 4), step not in (0, 2, 6)] for step in range(8)]  # after a step with a new row
 
 
-def test_noise_stands_in_half_of_the_requests_of_a_pass_and_nowhere_else():
+def test_noise_stands_at_the_noisy_places_of_half_of_the_rows_and_nowhere_else():
     torch.manual_seed(0)
-    rows = [Row([2, 4, 7, 8, 9, 3], [1] * 6, '', end) for end in (4, 3, 1, 0)] * 500
+    rows = [Row([2, 4, 7, 8, 9, 3], [1] * 6, '', 4, noisy=places) for places in ((1, 4), (1, 3), (2, 2), (0, 0))] * 500
     noise = cb_train.request_noise(rows, 7, 32, 0.5)
     assert noise.shape == (2000, 7, 32)
     long, short = noise[0::4], noise[1::4]
@@ -496,23 +518,26 @@ def test_the_unit_of_noise_and_soft_tokens_is_the_root_mean_square_of_every_nth_
     assert cb_train.root_mean_square(torch.tensor([[3.0, 4.0], [0.0, 0.0]])) == 2.5
 
 
-def test_noise_moves_the_embeddings_of_both_passes_of_training_and_of_no_validation(adapted):
+def test_noise_moves_the_embeddings_of_both_passes_of_training_soft_tokens_those_of_one_and_neither_of_a_validation(adapted):
     model, loras, _ = adapted
     ids = torch.tensor([[2, 4, 7, 8], [2, 5, 9, 3]])
-    noise = torch.randn(2, 4, 32)
+    noise, soft = torch.randn(2, 2, 4, 32)
     with torch.no_grad():
-        found = cb_train.reference_and_adapted(model, loras, ids, noise)
+        found = cb_train.reference_and_adapted(model, loras, ids, noise, soft)
         embedded = model.get_input_embeddings().weight[ids] + noise
-        moved = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False).hidden_states
+        moved = model(inputs_embeds=embedded + soft, output_hidden_states=True, use_cache=False).hidden_states
         with cb_train.adapter_off(loras):
             reference = model(inputs_embeds=embedded, output_hidden_states=True, use_cache=False).hidden_states
     for h, want in zip(found, (reference, moved)):
-        assert all(torch.equal(a, b) for a, b in zip(h, want, strict=True))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(h, want, strict=True))
+    alone, _ = cb_train.reference_and_adapted(model, loras, ids, noise)
+    assert all(torch.equal(a, b) for a, b in zip(alone, reference))
 
-    rows = [Row([2, 4, 7, 8, 9, 3], [1] * 6, '', 5) for _ in range(8)]
+    rows = [Row([2, 4, 7, 8, 9, 3], [1] * 6, '', 5, noisy=(1, 5)) for _ in range(8)]
     c = options(retain_noise=2.0)
     c.micro_batch_tokens, its = 6, stream('retain', rows, c)
     assert its.noise == pytest.approx(2.0) and stream('harmful', rows, c).noise == 0.0  # of embeddings that are all 1
+    assert stream('harmful', rows, options(retain_noise=2.0, strange=0.5)).noise == pytest.approx(2.0)
     plain = cb_train.run_stream(model, loras, its, cb_train.my_batches(rows, c), c)[0]
     assert plain == cb_train.run_stream(model, loras, its._replace(noise=0.0), cb_train.my_batches(rows, c), c, 1.0)[0]
     assert abs(plain - cb_train.run_stream(model, loras, its, cb_train.my_batches(rows, c), c, 1.0)[0]) > 1e-3 * plain

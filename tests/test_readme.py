@@ -67,5 +67,5 @@ def test_the_functions_that_the_readme_shows_are_those_of_the_scripts():
     shown = re.search(r'```python\n(def in_contexts.*?)\n```', README, re.S)[1]
     scripts = ''.join(open(os.path.join(ROOT, name), encoding='utf-8').read() for name in ('data_prep.py', 'cb_train.py'))
     bodies = re.split(r'^def [^\n]*\n|\n+def [^\n]*\n', shown)[1:]
-    assert len(bodies) == 7 and all(body in scripts for body in bodies)
+    assert len(bodies) == 8 and all(body in scripts for body in bodies)
     assert shown.count('\n') + 1 <= 40
