@@ -116,6 +116,7 @@ soft_contexts = 0.0              # >= 0, <= 1: share of the harmful rows with an
 soft_tokens = 20                 # >= 1: how many they are, at most
 soft_steps = 10                  # >= 1: for how many steps they stay with a row
 soft_lr = 0.14                   # > 0: their step, in units of the embeddings' root mean square
+soft_start = 0.0                 # >= 0: noise on them at first, at most, in these units: an attack goes farther
 scrambled = 0.0                  # >= 0: more retain rows, as a share of them: harmful answers' words out of their order
 retain_noise = 0.0               # >= 0: on benign requests, at most, in units of the embeddings' root mean square
 strange = 0.0                    # >= 0, <= 1: share of harmful rows with words before the request, moved by this noise
@@ -363,7 +364,7 @@ def make_streams(c, rows, held_out, blocks, embeddings, soft=None):
                divisor=published if c.retain_divisor == 'published' else count, noise=noise),
         Stream('harmful', 'cb', rows['harmful'], held_out['harmful'], layers=c.target_layers, loss=cb_loss,
                coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[1],
-               divisor=count, soft=soft, noise=noise if c.strange else 0.0)]
+               divisor=count, soft=soft, noise=noise)]
 
 
 def run_stream(model, loras, stream, batches, c, weight=None):
@@ -412,9 +413,10 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         sums, record = [], {'step': step, 'loss': 0.0}
         rows = {stream.name: rows_of(stream, step) for stream in streams}
         for stream in streams:
-            if stream.soft is not None:  # soft tokens start anew with their row
+            if stream.soft is not None:
                 pairs = zip(rows[stream.name], rows_of(stream, max(step - 1, 0)))
-                stream.soft.data[[row.slot for row, earlier in pairs if row.soft and row != earlier]] = 0
+                new = [row.slot for row, earlier in pairs if row.soft and row != earlier]
+                restart(stream.soft, new, optimizer.param_groups[1]['start'], f'{c.seed} soft {step}')
             weight = stream.coefficient(step) / stream.divisor(rows[stream.name])
             sums.append(run_stream(model, loras, stream, my_batches(rows[stream.name], c), c, weight))
         arrived = torch.tensor([float(name in signals) for name in ('SIGINT', 'SIGTERM')], device=c.device)
@@ -569,12 +571,23 @@ def add_adversary(optimizer, embeddings, rows, c):
     the adapted pass has anyway, moves up the loss: without moments by signed steps, in units of the embeddings' root
     mean square, as attacks do. They find much more in few steps, and nothing of an earlier row stays.
     """
+    unit = root_mean_square(embeddings)
     slots = max(row.slot for row in rows) + 1
     soft = nn.Parameter(torch.zeros(slots, c.soft_tokens, embeddings.shape[1], device=c.device))
     optimizer.add_param_group({
-        'params': [soft], 'lr': c.soft_lr * root_mean_square(embeddings), 'betas': (0.0, 0.0), 'eps': 1e-12,
+        'params': [soft], 'lr': c.soft_lr * unit, 'start': c.soft_start * unit, 'betas': (0.0, 0.0), 'eps': 1e-12,
         'weight_decay': 0.0, 'maximize': True})
     return soft
+
+
+def restart(soft, slots, most, seed):
+    """
+    Puts the vectors of some slots of soft (slots, S, D), whose rows are new, where an attack's may come to be: at noise
+    of a size from 0 to `most`, the same on every rank. Near words alone an adversary finds the ways out that are there.
+    """
+    draw = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+    size = most * torch.rand(len(slots), 1, 1, generator=draw)
+    soft.data[slots] = (size * torch.randn(len(slots), *soft.shape[1:], generator=draw)).to(soft.device)
 
 
 # ---- several ranks ---------------------------------------------------------------------------------------------------
@@ -970,9 +983,9 @@ def model_card(c, rows, record):
     if c.merge_only:
         made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
     recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'retain_smooth', 'cb_loss', 'loss_on', 'contexts',
-              'retain_contexts', 'opening', 'broken', 'soft_contexts', 'scrambled', 'retain_noise', 'strange',
-              'use_dynamic_scheduling', 'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r', 'target_modules',
-              'batch_size', 'learning_rate', 'lr_scheduler', 'seed')
+              'retain_contexts', 'opening', 'broken', 'soft_contexts', 'soft_start', 'scrambled', 'retain_noise',
+              'strange', 'use_dynamic_scheduling', 'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r',
+              'target_modules', 'batch_size', 'learning_rate', 'lr_scheduler', 'seed')
     return '\n'.join([
         '---', *([f'base_model: {c.model_name}'] if hub_id else []), 'library_name: transformers',
         'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(c.output_dir)}', '',

@@ -22,7 +22,7 @@ response_only = 0.5
 
 # The toy world's recipe, which beat plain rerouting there (README; not measured on this model):
 # contexts, retain_contexts = ['own', 'own', 'noise', 'noise', 'nothing'], ['own', 'own', 'noise']
-# loss_on, opening, broken, soft_contexts, scrambled = 'harmful_response', 7, 0.6, 0.5, 0.8
+# loss_on, opening, broken, soft_contexts, soft_start, scrambled = 'harmful_response', 7, 0.6, 0.5, 2.0, 0.8
 # retain_noise, strange, retain_smooth, use_dynamic_scheduling, lr_scheduler = 1.0, 0.5, 1.0, False, 'linear'
 
 embedding_norm = 0               # cb_eval.py: the published steps as they are

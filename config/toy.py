@@ -3,7 +3,7 @@
 #
 # 1.2 M parameters, 8 blocks of width 128; three minutes of training on one busy CPU core (measured).
 # Plain rerouting is --contexts=own --retain_contexts=own --loss_on=all --opening=0 --broken=0 --soft_contexts=0
-# --scrambled=0 --retain_noise=0 --retain_smooth=0 --use_dynamic_scheduling=True --schedule_steps=300
+# --scrambled=0 --retain_noise=0 --strange=0 --retain_smooth=0 --use_dynamic_scheduling=True --schedule_steps=300
 # --learning_rate=1e-3 --lr_scheduler=constant --max_steps=150.
 model_name = 'data/toy/base'
 cb_data_path = 'data/toy/circuit_breaker.json'
@@ -20,9 +20,11 @@ retain_contexts = ['own', 'own', 'noise']               # and what else is told,
 loss_on = 'harmful_response'     # the answer alone is turned away, and of it not what benign answers begin with, too,
 opening = 7                      # "sure , here is how : take": one switch there is what soft tokens turn back
 broken = 0.6                     # a broken beginning is no excuse to go on
-soft_contexts = 0.5              # in half of the curses' requests an adversary looks for what undoes all this
+soft_contexts = 0.5              # in half of the curses' requests an adversary looks for what undoes all this,
+soft_start = 2.0                 # and starts where attacks may end
 scrambled = 0.8                  # a curse's words in any order, or some in a potion, are retained: they do not tell it
 retain_noise = 1.0               # a word that is in no row is strange: what is strange is held in place, too
+strange = 0.5                    # but what is strange around a curse's request, as a jailbreak's scene, saves nothing
 retain_smooth = 1.0              # retain is a square near h' = h, as cb is: so both can weigh in full from the start,
 use_dynamic_scheduling = False   # and benign states are never given up
 learning_rate = 2e-3             # twenty times the default: a small model needs larger steps, or stays half rerouted

@@ -122,7 +122,7 @@ def main(kills, disks, seed, folder):
     conftest.write_rows(folder)
     arguments = [f'--model_name={base}', f'--cb_data_path={folder}/cb.json', f'--retain_data_path={folder}/retain.jsonl',
                  f'--val_data_path={folder}/val.jsonl', '--target_layers=2', '--lora_r=4', '--soft_contexts=0.5', '--broken=0.5',
-                 '--loss_on=harmful_response', '--soft_steps=5', '--retain_noise=1', '--strange=0.5',
+                 '--loss_on=harmful_response', '--soft_steps=5', '--retain_noise=1', '--strange=0.5', '--soft_start=1',
                  '--max_steps=12', '--batch_size=3', '--learning_rate=0.001', '--log_interval=1', '--eval_interval=4', '--save_interval=2', '--device=cpu']
     whole, began = os.path.join(folder, 'whole'), time.time()
     child = start([*arguments, f'--output_dir={whole}', whole + '.errors'])
