@@ -569,7 +569,8 @@ def add_adversary(optimizer, embeddings, rows, c):
     """
     Returns soft (slots, soft_tokens, D), zeros, for the slots of Rows: vectors that the optimizer, by the gradient that
     the adapted pass has anyway, moves up the loss: without moments by signed steps, in units of the embeddings' root
-    mean square, as attacks do. They find much more in few steps, and nothing of an earlier row stays.
+    mean square, as attacks do. They find much more in few steps, and nothing of an earlier row stays: restart puts a
+    new row's at noise of up to 'start'. Those of the run's first rows start at zero.
     """
     unit = root_mean_square(embeddings)
     slots = max(row.slot for row in rows) + 1
