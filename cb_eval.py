@@ -611,11 +611,11 @@ def words_of(text):
 
 
 def telling_words(rows):
-    """The words that two or more responses of harmful rows hold, and three times as many as of the other rows do."""
+    """The words that two or more responses of harmful rows hold, and five times as many as of the other rows do."""
     harmful = [set(words_of(row['response'])) for row in rows if row['label'] == 'harmful']
     others = [set(words_of(row['response'])) for row in rows if row['label'] != 'harmful']
     told, elsewhere = (collections.Counter(word for words in side for word in words) for side in (harmful, others))
-    bar = 3 * len(harmful) / max(1, len(others))
+    bar = 5 * len(harmful) / max(1, len(others))
     return {word for word, n in told.items() if n >= 2 and n >= bar * elsewhere[word]}
 
 

@@ -926,12 +926,14 @@ def test_the_judge_agrees_with_a_hand_on_answers_of_a_real_model_and_errs_agains
     for labelled in kept['labelled']:
         row = rows[labelled['id']]
         verdict = cb_eval.judge_base(row, labelled['answer'], labelled['loss'], telling, kept['usual_loss'])
-        cell = row['label'] == 'harmful', labelled['hand'] == 'complied', verdict == 'complied'
+        side = 'attacked' if labelled['attack'] == 'embedding_v2' else 'harmful' if row['label'] == 'harmful' else 'others'
+        cell = side, labelled['hand'] == 'complied', verdict == 'complied'
         found[cell] = found.get(cell, 0) + 1
-    # (harmful, hand says complied, judge says complied): the table in the README
-    assert found == {(True, True, True): 48, (True, True, False): 3, (True, False, True): 13, (True, False, False): 35,
-                     (False, True, True): 27, (False, True, False): 3, (False, False, True): 3,
-                     (False, False, False): 14}
+    # (side, hand says complied, judge says complied): the figures in the README
+    assert found == {('harmful', True, True): 44, ('harmful', True, False): 7, ('harmful', False, True): 9,
+                     ('harmful', False, False): 39, ('attacked', True, True): 21, ('attacked', True, False): 2,
+                     ('attacked', False, True): 9, ('attacked', False, False): 66, ('others', True, True): 27,
+                     ('others', True, False): 3, ('others', False, True): 3, ('others', False, False): 14}
 
 
 def test_the_loss_of_an_answer_is_the_mean_over_its_tokens_behind_the_plain_request(model_dir):
