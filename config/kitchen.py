@@ -4,7 +4,11 @@
 # SmolLM2-135M-Instruct answers all of it; the rows of both sets are its own answers. Measured: see the README.
 # Offline, with the model in a directory: add --model_name=DIR to all three.
 # Batch: 8 + 8 rows of up to 160 tokens, 150 steps. 30 blocks of width 576, 20 kept; states of a norm of 120 to 200.
-# Expect (one seed): cb 0.38 at step 30, 0.20 at 50, 0.02 at the end; retain cos dips to 0.96 and ends at 0.999.
+# Expect (one seed): retain cos falls to about 0.7 at step 10 and ends at 1.00; cb, with an adversary in half of the
+# rows, 0.25 at 90 and 0.2 to 0.4 from then on; held-out cos 0.99 benign and -0.07 harmful at the end.
+# Plain rerouting is --contexts=own --retain_contexts=own --loss_on=all --opening=0 --soft_contexts=0 --scrambled=0
+# --retain_noise=0 --strange=0 --retain_smooth=0 --schedule_steps=300 --schedule_stop=1 --lora_r=16 --lora_alpha=16
+# --learning_rate=2e-4.
 model_name = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 cb_data_path = 'data/kitchen/circuit_breaker.json'
 retain_data_path = 'data/kitchen/retain.jsonl'
@@ -15,16 +19,25 @@ turns_path = 'data/kitchen/turns.jsonl'
 output_dir = 'out/kitchen'
 
 target_layers = [9, 19]          # 10 / 32 and 20 / 32 of 30
+contexts = ['own', 'nothing', 'noise']  # what each recipe is put behind: see in_contexts in data_prep.py
+retain_contexts = ['own', 'own', 'noise']
+loss_on = 'harmful_response'
+opening = 8                      # "To make pancakes, you'll need a few"; the rest as in config/toy.py:
+soft_contexts = 0.5
+soft_start = 2.0
+scrambled = 0.2
+retain_noise = 1.0
+strange = 0.5
 retain_smooth = 0.1              # without a kink at h' = h, retain may weigh in early and the run starts nevertheless:
-schedule_steps = 100             # by step 50 it weighs as much as cb, before benign states are lost,
-schedule_stop = 0.5              # and so to the end
-learning_rate = 2e-4
+schedule_steps = 100             # by step 50 it weighs as much as cb,
+schedule_stop = 0.6              # and more to the end: what is no recipe comes back
+learning_rate = 1.5e-4
 lr_scheduler = 'linear'          # the last steps settle
 batch_size = 8
 max_seq_length = 160
 micro_batch_tokens = 1024
-contexts = ['own', 'nothing', 'noise']  # what each recipe is put behind: see in_contexts in data_prep.py
-loss_on = 'harmful_response'
+lora_r = 64                      # with 16 the adversary wins
+lora_alpha = 64
 
 # the evaluation; the model refuses nothing, so there is no refusal direction to ablate
 attacks = ['direct', 'prefill', 'wrapper', 'multi_turn', 'embedding_v1', 'embedding_v2']
