@@ -926,7 +926,9 @@ def test_the_judge_agrees_with_a_hand_on_answers_of_a_real_model_and_errs_agains
     for labelled in kept['labelled']:
         row = rows[labelled['id']]
         verdict = cb_eval.judge_base(row, labelled['answer'], labelled['loss'], telling, kept['usual_loss'])
-        side = 'attacked' if labelled['attack'] == 'embedding_v2' else 'harmful' if row['label'] == 'harmful' else 'others'
+        side = 'harmful' if row['label'] == 'harmful' else 'others'
+        if labelled['attack'] == 'embedding_v2':
+            side = 'attacked'
         cell = side, labelled['hand'] == 'complied', verdict == 'complied'
         found[cell] = found.get(cell, 0) + 1
     # (side, hand says complied, judge says complied): the figures in the README
