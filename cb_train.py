@@ -701,8 +701,11 @@ def load_decoder(model_dir, blocks, dtype, device, mapped=False):
     """
     config, total = truncated_config(model_dir, blocks)
     stored = str(getattr(config, 'dtype', None) if dtype == 'auto' else dtype).rpartition('.')[2]
-    flash = stored in ('bfloat16', 'float16') and device.startswith('cuda') and importlib.util.find_spec('flash_attn')
-    attention = 'flash_attention_2' if flash else None
+    half, attention = stored in ('bfloat16', 'float16'), None  # transformers' own choice
+    if half and device == 'cpu':
+        attention = 'eager'  # sdpa's backward pass is slow there
+    elif half and device.startswith('cuda') and importlib.util.find_spec('flash_attn'):
+        attention = 'flash_attention_2'
     model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, attn_implementation=attention,
                                               use_safetensors=True, output_loading_info=True)
     dropped = re.compile(rf'(^|\.)(lm_head\.|embed_out\.|layers\.({"|".join(map(str, range(blocks, total)))})\.)')
