@@ -546,6 +546,8 @@ def load_model(path, device, dtype, chat_template='', date=''):
     except Exception as e:
         fail(f'{path}: not a model that transformers can load ({type(e).__name__}); a directory or a hub id with '
              'safetensors wanted')
+    if device == 'cpu' and model.dtype != torch.float32:
+        model.set_attn_implementation('eager')  # sdpa's backward pass is slow there
     # generate gives the head a slice of the states: not contiguous, so torch would copy a frozen head for each row
     model.get_output_embeddings().register_forward_pre_hook(lambda head, states: (states[0].contiguous(),))
     return model.to(device).eval().requires_grad_(False), tokenizer
