@@ -369,10 +369,10 @@ def make_streams(c, rows, held_out, blocks, embeddings, soft=None):
 
 def run_stream(model, loras, stream, batches, c, weight=None):
     """
-    Returns the sum of a stream's loss, and of its tokens' mean cosine at target_layers, over micro-batches of Rows: a
-    tensor (2,). With a weight, adds the gradient of weight times the loss; one micro-batch's graph is alive at a time.
+    Returns the sum of a stream's loss and, at each of target_layers, of its tokens' cosine, over micro-batches of Rows,
+    (1 + layers,). With a weight, adds the gradient of weight times the loss; one micro-batch's graph lives at a time.
     """
-    sums, noise, soft = torch.zeros(2, device=c.device), None, None
+    sums, noise, soft = torch.zeros(1 + len(c.target_layers), device=c.device), None, None
     for batch in batches:
         ids, mask = pad(batch, c.device)
         if weight is not None and stream.noise:
@@ -384,8 +384,7 @@ def run_stream(model, loras, stream, batches, c, weight=None):
         if weight is not None:
             (weight * loss).backward()
         with torch.no_grad():
-            cos = sum((cosine(h[l], h_lora[l]) * mask).sum() for l in c.target_layers) / len(c.target_layers)
-            sums += torch.stack([loss, cos])
+            sums += torch.stack([loss, *((cosine(h[l], h_lora[l]) * mask).sum() for l in c.target_layers)])
     return sums
 
 
@@ -398,7 +397,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
     trained = optimizer.param_groups[0]['params']
     adversaries = [stream.soft for stream in streams if stream.soft is not None]
     parameters = trained + adversaries
-    names = [f'{stream.prefix}_{figure}' for stream in streams for figure in ('loss', 'cos')] + ['SIGINT', 'SIGTERM']
+    figures = ['loss', *(f'cos_{l}' for l in c.target_layers)]
+    names = [f'{stream.prefix}_{figure}' for stream in streams for figure in figures] + ['SIGINT', 'SIGTERM']
     sizes = [p.numel() for p in parameters] + [len(names)]
     buffer = torch.zeros(sum(sizes), device=c.device)
     *gradients, totals = buffer.split(sizes)
@@ -428,7 +428,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         for stream in streams:
             prefix, tokens, coefficient = stream.prefix, count(rows[stream.name]), stream.coefficient(step)
             loss = total[f'{prefix}_loss'] / stream.divisor(rows[stream.name])
-            cos = total[f'{prefix}_cos'] / tokens
+            cos = sum(total[f'{prefix}_cos_{l}'] for l in c.target_layers) / len(c.target_layers) / tokens
             record |= {f'{prefix}_loss': loss, f'{prefix}_coeff': coefficient, f'{prefix}_cos': cos}
             record['loss'] += coefficient * loss
             state['tokens'] += tokens
@@ -639,13 +639,17 @@ def check_step(model, loras, streams, rows, record, state, c):
 
 @torch.no_grad()
 def validate(model, loras, streams, c):
-    """Returns {'val_PREFIX_loss', 'val_PREFIX_cos'}: each stream's means over its held-out rows, without dropout."""
+    """
+    Returns {'val_PREFIX_loss', 'val_PREFIX_cos', 'val_PREFIX_layers'}: each stream's means over its held-out rows,
+    without dropout; layers: the cosine of each of target_layers, a list.
+    """
     model.eval()
     means = {}
     for stream in streams:
         sums = summed(run_stream(model, loras, stream, my_batches(stream.held_out, c), c))
-        loss, cos = (sums / count(stream.held_out)).tolist()
-        means |= {f'val_{stream.prefix}_loss': loss, f'val_{stream.prefix}_cos': cos}
+        loss, *layers = (sums / count(stream.held_out)).tolist()
+        cos = sum(layers) / len(layers)
+        means |= {f'val_{stream.prefix}_{name}': x for name, x in (('loss', loss), ('cos', cos), ('layers', layers))}
     for lora in loras.values():
         lora.train()
     return means
@@ -663,12 +667,16 @@ def log_line(record, streams):
 
 
 def verdict(record, streams):
-    """Returns one line: was the model rerouted? Held-out harmful rows want cosines below 0.7, benign ones above 0.9."""
-    harmful, benign = record['val_cb_cos'], record['val_retain_cos']
+    """
+    Returns one line: was the model rerouted? Held-out harmful rows want a mean cosine below 0.7 at each of
+    target_layers, benign ones above 0.9.
+    """
+    harmful, benign, layers = record['val_cb_cos'], record['val_retain_cos'], record['val_cb_layers']
     rows = {stream.name: len(stream.held_out) for stream in streams}
     found = f'cos {harmful:.2f} on {rows["harmful"]} held-out harmful rows, {benign:.2f} on {rows["retain"]} benign'
-    if harmful >= 0.7:
-        return f'warning: NOT rerouted: {found}; the harmful states are nearly where they were: {TRY}'
+    if max(layers) >= 0.7:
+        each = ', '.join(f'{cos:.2f}' for cos in layers)
+        return f'warning: NOT rerouted: {found}; harmful states at target_layers: {each}, below 0.7 wanted: {TRY}'
     if benign <= 0.9:
         return f'warning: rerouted, but benign states moved too: {found}; lower learning_rate, or raise max_steps'
     return f'rerouted: {found}; whether its harmful answers are gone, python cb_eval.py measures'

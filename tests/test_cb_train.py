@@ -606,12 +606,14 @@ def test_a_run_reads_every_row_once_an_epoch_in_an_order_of_the_seed_and_encodes
     assert 'x: no rows left of 1' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('harmful, benign, words', [
-    (0.33, 0.98, 'rerouted: cos 0.33 on 2 held-out harmful rows, 0.98 on 3 benign'), (0.98, 0.99, 'warning: NOT rerouted: cos 0.98'),
-    (0.1, 0.5, 'warning: rerouted, but benign states moved too: cos 0.10')])
-def test_the_verdict_says_whether_the_states_of_held_out_rows_moved(harmful, benign, words):
+@pytest.mark.parametrize('layers, benign, words', [
+    ([0.5, 0.16], 0.98, 'rerouted: cos 0.33 on 2 held-out harmful rows, 0.98 on 3 benign'), ([0.98, 0.98], 0.99, 'warning: NOT rerouted: cos 0.98'),
+    ([0.99, -0.21], 0.99, 'warning: NOT rerouted: cos 0.39 on 2 held-out harmful rows, 0.99 on 3 benign; harmful states at target_layers: 0.99, -0.21'),
+    ([0.1, 0.1], 0.5, 'warning: rerouted, but benign states moved too: cos 0.10')])
+def test_the_verdict_says_whether_the_states_of_held_out_rows_moved_at_each_layer(layers, benign, words):
     streams = [types.SimpleNamespace(name=name, held_out=[0] * n) for name, n in (('retain', 3), ('harmful', 2))]
-    assert cb_train.verdict({'val_cb_cos': harmful, 'val_retain_cos': benign}, streams).startswith(words)
+    record = {'val_cb_cos': sum(layers) / 2, 'val_retain_cos': benign, 'val_cb_layers': layers}
+    assert cb_train.verdict(record, streams).startswith(words)
 
 
 def test_a_run_that_does_nothing_says_so_at_a_fifth_of_its_steps_and_everywhere_at_its_end(run, arguments, tmp_path):
@@ -787,8 +789,8 @@ def test_a_family_computes_padded_rows_as_transformers_does_learns_and_merges_as
     make, dtype, modules = FAMILIES[family]
     base = make_model_dir(tmp_path / 'base', dtype, '20KB', make())
     assert len(data_prep.weight_files(base)) >= 2
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
     model = cb_train.load_decoder(base, 3, 'auto', 'cpu')
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=model.config._attn_implementation).eval()
     loras = cb_train.add_lora(model, modules, [0, 1, 2], 4, 8, 0.0)
     rows = [[2, 4, 7, 8, 9, 3, 5, 10, 11, 12, 13, 3], [2, 12, 4, 4, 9, 8, 7], [2, 6], [2]]  # two longer than a sliding window
     ids, mask = cb_train.pad(counted(rows), 'cpu')
