@@ -640,16 +640,16 @@ def check_step(model, loras, streams, rows, record, state, c):
 @torch.no_grad()
 def validate(model, loras, streams, c):
     """
-    Returns {'val_PREFIX_loss', 'val_PREFIX_cos', 'val_PREFIX_layers'}: each stream's means over its held-out rows,
-    without dropout; layers: the cosine of each of target_layers, a list.
+    Returns {'val_PREFIX_loss', 'val_PREFIX_cos', and 'val_PREFIX_cos_LAYER' for each of target_layers}: each stream's
+    means over its held-out rows, without dropout.
     """
     model.eval()
     means = {}
     for stream in streams:
         sums = summed(run_stream(model, loras, stream, my_batches(stream.held_out, c), c))
         loss, *layers = (sums / count(stream.held_out)).tolist()
-        cos = sum(layers) / len(layers)
-        means |= {f'val_{stream.prefix}_{name}': x for name, x in (('loss', loss), ('cos', cos), ('layers', layers))}
+        means |= {f'val_{stream.prefix}_loss': loss, f'val_{stream.prefix}_cos': sum(layers) / len(layers)}
+        means |= {f'val_{stream.prefix}_cos_{l}': cos for l, cos in zip(c.target_layers, layers)}
     for lora in loras.values():
         lora.train()
     return means
@@ -671,12 +671,13 @@ def verdict(record, streams):
     Returns one line: was the model rerouted? Held-out harmful rows want a mean cosine below 0.7 at each of
     target_layers, benign ones above 0.9.
     """
-    harmful, benign, layers = record['val_cb_cos'], record['val_retain_cos'], record['val_cb_layers']
+    harmful, benign = record['val_cb_cos'], record['val_retain_cos']
+    layers = {name.rpartition('_')[2]: cos for name, cos in record.items() if name.startswith('val_cb_cos_')}
     rows = {stream.name: len(stream.held_out) for stream in streams}
     found = f'cos {harmful:.2f} on {rows["harmful"]} held-out harmful rows, {benign:.2f} on {rows["retain"]} benign'
-    if max(layers) >= 0.7:
-        each = ', '.join(f'{cos:.2f}' for cos in layers)
-        return f'warning: NOT rerouted: {found}; harmful states at target_layers: {each}, below 0.7 wanted: {TRY}'
+    if max(layers.values()) >= 0.7:
+        each = ', '.join(f'{cos:.2f} at layer {layer}' for layer, cos in layers.items())
+        return f'warning: NOT rerouted: {found}; harmful states: {each}, below 0.7 wanted: {TRY}'
     if benign <= 0.9:
         return f'warning: rerouted, but benign states moved too: {found}; lower learning_rate, or raise max_steps'
     return f'rerouted: {found}; whether its harmful answers are gone, python cb_eval.py measures'

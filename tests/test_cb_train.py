@@ -608,11 +608,11 @@ def test_a_run_reads_every_row_once_an_epoch_in_an_order_of_the_seed_and_encodes
 
 @pytest.mark.parametrize('layers, benign, words', [
     ([0.5, 0.16], 0.98, 'rerouted: cos 0.33 on 2 held-out harmful rows, 0.98 on 3 benign'), ([0.98, 0.98], 0.99, 'warning: NOT rerouted: cos 0.98'),
-    ([0.99, -0.21], 0.99, 'warning: NOT rerouted: cos 0.39 on 2 held-out harmful rows, 0.99 on 3 benign; harmful states at target_layers: 0.99, -0.21'),
+    ([0.99, -0.21], 0.99, 'warning: NOT rerouted: cos 0.39 on 2 held-out harmful rows, 0.99 on 3 benign; harmful states: 0.99 at layer 1, -0.21 at layer 2'),
     ([0.1, 0.1], 0.5, 'warning: rerouted, but benign states moved too: cos 0.10')])
 def test_the_verdict_says_whether_the_states_of_held_out_rows_moved_at_each_layer(layers, benign, words):
     streams = [types.SimpleNamespace(name=name, held_out=[0] * n) for name, n in (('retain', 3), ('harmful', 2))]
-    record = {'val_cb_cos': sum(layers) / 2, 'val_retain_cos': benign, 'val_cb_layers': layers}
+    record = {'val_cb_cos': sum(layers) / 2, 'val_retain_cos': benign, 'val_cb_cos_1': layers[0], 'val_cb_cos_2': layers[1]}
     assert cb_train.verdict(record, streams).startswith(words)
 
 
