@@ -256,18 +256,19 @@ def file_rows(path):
 
 def converted(source, rows, convert, refused=fail, limit=0):
     """
-    [(where, convert(row))] of (where, row), the first `limit` (0 = all). A ValueError of convert goes to `refused`, if
-    not None, as one line: where and why, never the row's text. One line counts the LeftOut rows.
+    [(where, convert(row))] of (where, row), the first `limit` (0 = all). A ValueError of convert goes to `refused` as
+    one line: where and why, never the row's text. Without `refused` it is left out, as a LeftOut row always is, and a
+    line counts those of a kind.
     """
     found, left_out = [], collections.Counter()
     for where, row in rows:
         try:
             found.append((where, convert(row)))
-        except LeftOut as e:
-            left_out[str(e)] += 1
         except ValueError as e:
-            if refused:
+            if refused and not isinstance(e, LeftOut):
                 refused(f'{where}: {e}')
+            else:
+                left_out[str(e)] += 1
         if limit and len(found) == limit:
             break
     for reason, count in left_out.items():
@@ -314,6 +315,8 @@ def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='so
     refused = None if public else fail
     if os.path.isdir(source):
         files = sorted(name for name in os.listdir(source) if name.endswith(ROW_FILES))
+        if 'circuit_breaker.json' in files:
+            fail(f'{option}: {source} holds the sets of both sides, {", ".join(files)}; one of these files wanted')
         of_split = [name for name in files if split and split in name]
         files = of_split or [name for name in files if 'train' in name] or files
         rows = [row for name in files for row in numbered_rows(os.path.join(source, name), convert, refused)]
@@ -354,9 +357,10 @@ def said(tokenizer, messages):
 def one_bos(tokenizer, ids):
     """Token ids (a list) with BOS exactly once if the tokenizer writes one, whether the template wrote none or two."""
     bos = [tokenizer.bos_token_id]
+    writes_bos = tokenizer('')['input_ids'][:1] == bos
     while ids[:2] == bos * 2:
         ids = ids[1:]
-    return bos + ids if ids[:1] != bos == tokenizer('')['input_ids'][:1] else ids
+    return bos + ids if writes_bos and ids[:1] != bos else ids
 
 
 def template_ids(tokenizer, messages, answer=True):
@@ -407,6 +411,10 @@ def load_tokenizer(model_dir, chat_template='', date=''):
         fail(f'model_name: {model_dir}: no chat template found; name a chat model, or a file with --chat_template=FILE')
     call = r'strftime_now\(\s*(["\'])(.*?)\1\s*\)'  # transformers lets no function of ours into a template
     tokenizer.chat_template = re.sub(call, lambda match: repr(day.strftime(match[2])), template)
+    try:
+        prompt_ids(tokenizer, turns(('0', ''))[:1])
+    except ValueError as e:
+        fail(f'chat_template: {chat_template or model_dir}: {e}')
     return tokenizer
 
 
@@ -422,14 +430,21 @@ def template_ends(tokenizer, template):
     return one[:common_prefix(one, empty)], one[len(one) - common_prefix(one[::-1], empty[::-1]):]
 
 
+def with_answer(tokenizer, messages):
+    """
+    A conversation as token ids (T,), and where its last answer starts: where the request, put alone, stops being the
+    same. ValueError if the template refuses it.
+    """
+    ids = template_ids(tokenizer, messages)
+    return ids, common_prefix(ids, template_ids(tokenizer, messages, answer=False))
+
+
 def encode(tokenizer, messages, max_seq_length, lengths=(0, 0)):
     """
     (ids, head, answer): a conversation as token ids, request and last answer cut to `lengths` (0 = whole), both to
-    max_seq_length; how many are the template's head; where the last answer starts, which is where the request, put
-    alone, stops being the same. ValueError if the template refuses it.
+    max_seq_length; how many are the template's head; where the last answer starts. ValueError as with_answer.
     """
-    ids = template_ids(tokenizer, messages)
-    answer = common_prefix(ids, template_ids(tokenizer, messages, answer=False))
+    ids, answer = with_answer(tokenizer, messages)
     request, response = ids[:answer][:lengths[0] or None], ids[answer:][:lengths[1] or None]
     head = min(len(request), common_prefix(ids, template_ends(tokenizer, tokenizer.chat_template)[0]))
     return (request + response)[:max_seq_length], head, len(request)
@@ -1154,7 +1169,7 @@ def check_command(c, path):
     print(f'{path}: {lengths_line(c, [row["length"] for row in rows])}')
     for option, answers in (('cb_data_path', HARMFUL_ANSWERS), ('retain_data_path', BENIGN_ANSWERS)):
         side = functools.partial(messages_of, answers=answers)
-        fit = len(converted(path, [(path, row['row']) for row in rows], side, refused=None))
+        fit = len(converted(path, [(path, row['row']) for row in rows], side, refused=lambda line: None))
         names = '' if fit == len(rows) else f' under {", ".join((*MESSAGE_LISTS, *answers))}'
         print(f'as {option}: {fit} of {len(rows)} rows have an answer{names}')
     several = sum(len(row['messages']) > 2 for row in rows)

@@ -348,7 +348,7 @@ def test_the_first_word_is_a_command_or_one_line_says_which_there_are(run, argum
     assert found == status and words in (err if status else out) and err.count('\n') == (status == 2)
 
 
-def test_csv_tsv_parquet_and_a_folder_are_read_as_json_is(tmp_path):
+def test_csv_tsv_parquet_and_a_folder_are_read_as_json_is(tmp_path, capsys):
     import datasets
     rows = [{'prompt': f'a, {i}', 'response': f'b\n{i}'} for i in range(3)]
     want = [(f'row {i}', data_prep.turns((row['prompt'], row['response']))) for i, row in enumerate(rows, 1)]
@@ -362,6 +362,10 @@ def test_csv_tsv_parquet_and_a_folder_are_read_as_json_is(tmp_path):
         assert data_prep.load_rows(str(tmp_path), split=name) == named
     assert len(data_prep.load_rows(str(tmp_path))) == 9
     assert len(data_prep.load_rows(str(tmp_path), limit=4, seed=1)) == 4
+    (tmp_path / 'circuit_breaker.json').write_text('[]')  # a folder of data_prep.py holds both sides
+    with pytest.raises(SystemExit):
+        data_prep.load_rows(str(tmp_path), option='cb_data_path')
+    assert 'cb_data_path' in (err := capsys.readouterr().err) and 'both sides' in err
 
 
 @pytest.mark.parametrize('name, content, words', [
@@ -405,7 +409,7 @@ def test_what_the_hub_refuses_is_one_line_that_says_which_and_what_to_do(monkeyp
     assert e.value.code == 2 and err.count('\n') == 1 and 'ultrachat: org/name' in err and words in err, err
 
 
-def test_a_hub_set_gives_at_most_the_limit_and_leaves_out_rows_that_hold_no_conversation(monkeypatch):
+def test_a_hub_set_gives_at_most_the_limit_and_leaves_out_rows_that_hold_no_conversation(monkeypatch, capsys):
     import datasets
     asked = []
     rows = [{'messages': [user(f'{i}'), answer('yes' * (i % 3))]} for i in range(12)]
@@ -413,6 +417,7 @@ def test_a_hub_set_gives_at_most_the_limit_and_leaves_out_rows_that_hold_no_conv
     monkeypatch.setattr('datasets.load_dataset', lambda name, split: asked.append((name, split)) or table)
     assert len(data_prep.load_rows('HuggingFaceH4/ultrachat_200k', limit=5)) == 5
     assert len(data_prep.load_rows('a/b:test')) == 8
+    assert 'a/b:test: 4 rows left out: ' in capsys.readouterr().out
     assert asked == [('HuggingFaceH4/ultrachat_200k', 'train_sft'), ('a/b', 'test')]
     first, again, other = (data_prep.load_rows('a/b', limit=5, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
