@@ -35,6 +35,7 @@ import collections
 import contextlib
 import datetime
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -102,7 +103,7 @@ max_steps = 150                  # >= 1: optimizer steps
 batch_size = 4                   # >= 1: rows of each set in a pass, at most
 gradient_accumulation_steps = 1  # >= 1: a step has so many times batch_size rows of each set
 micro_batch_tokens = 0           # >= 0: tokens of a pass, pads included, or one row [0 = 512 on a CPU, 2048 elsewhere]
-learning_rate = 1e-4             # > 0
+learning_rate = 1e-4             # > 0, <= 1
 lr_scheduler = 'constant'        # constant | linear: learning_rate throughout, or falling to 0 at max_steps
 weight_decay = 0.0               # >= 0
 max_grad_norm = 1.0              # > 0: the gradient is clipped to this norm
@@ -135,7 +136,7 @@ merge_adapter = True             # False = save the adapter alone
 output_dir = 'out/cb'
 overwrite = False                # replace output_dir if an earlier run wrote it
 resume = False                   # go on from the last checkpoint of a run that was stopped
-seed = 0                         # >= 0
+seed = 0                         # >= 0, < 4294967296
 log_interval = 10                # >= 1: steps between two lines
 eval_interval = 50               # >= 1: steps between two validation passes
 save_interval = 50               # >= 1: steps between two checkpoints
@@ -373,15 +374,16 @@ def run_stream(model, loras, stream, batches, c, weight=None):
     (1 + layers,). With a weight, adds the gradient of weight times the loss; one micro-batch's graph lives at a time.
     """
     sums, noise, soft = torch.zeros(1 + len(c.target_layers), device=c.device), None, None
+    training = weight is not None  # a validation has no noise, no adversary and no gradient
     for batch in batches:
         ids, mask = pad(batch, c.device)
-        if weight is not None and stream.noise:
+        if training and stream.noise:
             noise = request_noise(batch, ids.shape[1], model.config.hidden_size, stream.noise).to(c.device)
-        if weight is not None and stream.soft is not None:
+        if training and stream.soft is not None:
             soft = soft_context(stream.soft, batch, ids.shape[1])
         h, h_lora = reference_and_adapted(model, loras, ids, noise, soft)
         loss = stream.loss(h, h_lora, mask, stream.layers)
-        if weight is not None:
+        if training:
             (weight * loss).backward()
         with torch.no_grad():
             sums += torch.stack([loss, *((cosine(h[l], h_lora[l]) * mask).sum() for l in c.target_layers)])
@@ -406,6 +408,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         p.grad = gradient.view_as(p)  # a view of the buffer: backward() adds into it
     record, start, signals = state['record'], time.time() - state['seconds'], catch_signals()
     rows_of = lambda stream, step: stream.rows[step * rows_a_step(c):(step + 1) * rows_a_step(c)]
+    scale = 1024.0 if model.dtype == torch.float16 else 1.0  # float16 would lose small gradients
     for step in tqdm(range(state['step'], c.max_steps), desc='train', disable=None):
         # forward and backward: for each stream and micro-batch a reference pass and an adapted pass
         torch.manual_seed(random.Random(f'{c.seed} {c.rank} {step}').getrandbits(63))
@@ -417,13 +420,14 @@ def train(model, loras, optimizer, streams, c, state, save, log):
                 pairs = zip(rows[stream.name], rows_of(stream, max(step - 1, 0)))
                 new = [row.slot for row, earlier in pairs if row.soft and row != earlier]
                 restart(stream.soft, new, optimizer.param_groups[1]['start'], f'{c.seed} soft {step}')
-            weight = stream.coefficient(step) / stream.divisor(rows[stream.name])
+            weight = scale * stream.coefficient(step) / stream.divisor(rows[stream.name])
             sums.append(run_stream(model, loras, stream, my_batches(rows[stream.name], c), c, weight))
         arrived = torch.tensor([float(name in signals) for name in ('SIGINT', 'SIGTERM')], device=c.device)
         totals.copy_(torch.cat([*sums, arrived]))
 
         # the sums over all ranks, the figures of the step, the optimizer
         total = dict(zip(names, summed(buffer)[-len(names):].tolist()))
+        buffer /= scale
         record['grad_norm'] = torch.nn.utils.clip_grad_norm_(trained, c.max_grad_norm).item()
         for stream in streams:
             prefix, tokens, coefficient = stream.prefix, count(rows[stream.name]), stream.coefficient(step)
@@ -641,13 +645,13 @@ def check_step(model, loras, streams, rows, record, state, c):
 def validate(model, loras, streams, c):
     """
     Returns {'val_PREFIX_loss', 'val_PREFIX_cos', and 'val_PREFIX_cos_LAYER' for each of target_layers}: each stream's
-    means over its held-out rows, without dropout.
+    figures on its held-out rows, divided as a step's are, without dropout.
     """
     model.eval()
     means = {}
     for stream in streams:
-        sums = summed(run_stream(model, loras, stream, my_batches(stream.held_out, c), c))
-        loss, *layers = (sums / count(stream.held_out)).tolist()
+        loss, *sums = summed(run_stream(model, loras, stream, my_batches(stream.held_out, c), c)).tolist()
+        loss, layers = loss / stream.divisor(stream.held_out), [cos / count(stream.held_out) for cos in sums]
         means |= {f'val_{stream.prefix}_loss': loss, f'val_{stream.prefix}_cos': sum(layers) / len(layers)}
         means |= {f'val_{stream.prefix}_cos_{l}': cos for l, cos in zip(c.target_layers, layers)}
     for lora in loras.values():
@@ -657,13 +661,14 @@ def validate(model, loras, streams, c):
 
 def log_line(record, streams):
     """Returns a step's figures as one aligned line."""
-    text = 'step {step:4d} | loss {loss:8.4f} | '
-    for prefix in [stream.prefix for stream in streams]:
-        text += f'{prefix} {{{prefix}_loss:7.4f}} x {{{prefix}_coeff:5.2f}} cos {{{prefix}_cos:6.3f}} | '
-    text += 'grad {grad_norm:8.2e} | {seconds:6.1f} s'
-    for prefix in [stream.prefix for stream in streams if f'val_{stream.prefix}_loss' in record]:
-        text += f' | val {prefix} {{val_{prefix}_loss:.4f}} cos {{val_{prefix}_cos:.3f}}'
-    return text.format(**record)
+    parts = [f'step {record["step"]:4d}', f'loss {record["loss"]:8.4f}']
+    for p in [stream.prefix for stream in streams]:
+        loss, coefficient, cos = record[f'{p}_loss'], record[f'{p}_coeff'], record[f'{p}_cos']
+        parts.append(f'{p} {loss:7.4f} x {coefficient:5.2f} cos {cos:6.3f}')
+    parts += [f'grad {record["grad_norm"]:8.2e}', f'{record["seconds"]:6.1f} s']
+    for p in [stream.prefix for stream in streams if f'val_{stream.prefix}_loss' in record]:
+        parts.append(f'val {p} {record[f"val_{p}_loss"]:.4f} cos {record[f"val_{p}_cos"]:.3f}')
+    return ' | '.join(parts)
 
 
 def verdict(record, streams):
@@ -675,10 +680,10 @@ def verdict(record, streams):
     layers = {name.rpartition('_')[2]: cos for name, cos in record.items() if name.startswith('val_cb_cos_')}
     rows = {stream.name: len(stream.held_out) for stream in streams}
     found = f'cos {harmful:.2f} on {rows["harmful"]} held-out harmful rows, {benign:.2f} on {rows["retain"]} benign'
-    if max(layers.values()) >= 0.7:
+    if not all(cos < 0.7 for cos in layers.values()):  # NaN is not below, either
         each = ', '.join(f'{cos:.2f} at layer {layer}' for layer, cos in layers.items())
         return f'warning: NOT rerouted: {found}; harmful states: {each}, below 0.7 wanted: {TRY}'
-    if benign <= 0.9:
+    if not benign > 0.9:
         return f'warning: rerouted, but benign states moved too: {found}; lower learning_rate, or raise max_steps'
     return f'rerouted: {found}; whether its harmful answers are gone, python cb_eval.py measures'
 
@@ -742,6 +747,9 @@ def check_model(model_dir, c):
         fail(f'num_hidden_layers={blocks} found, but {model_dir} has {depth} blocks')
     if max(c.layers_to_transform, default=0) >= blocks:
         fail(f'layers_to_transform={c.layers_to_transform} found, but {blocks} blocks are kept: 0 to {blocks - 1}')
+    if min(c.layers_to_transform, default=0) >= min(c.target_layers):
+        fail(f'layers_to_transform={c.layers_to_transform} found, but state {min(c.target_layers)} of target_layers is '
+             'the one before all of these blocks, and cannot move')
     try:
         with torch.device('meta'):  # the model's shape without its weights
             model = AutoModel.from_config(truncated_config(model_dir, blocks)[0])
@@ -751,13 +759,15 @@ def check_model(model_dir, c):
         fail(f'{model_dir}: {type(model).__name__} keeps its blocks in another way; a decoder with .layers wanted')
     headers, shapes = tensor_headers(model_dir), {}
     for i in c.layers_to_transform or range(blocks):
-        linears = {name.rpartition('.')[2]: (f'layers.{i}.{name}', module)
+        linears = {f'layers.{i}.{name}': module
                    for name, module in model.layers[i].named_modules() if isinstance(module, nn.Linear)}
+        names = list(dict.fromkeys(name.rpartition('.')[2] for name in linears))
         for target in c.target_modules:
-            if target not in linears:
-                fail(f'target_modules: block {i} has no linear layer {target!r}, but {", ".join(linears)}')
-            name, linear = linears[target]
-            tensor, shapes[name] = headers[stored_name(headers, name)], (linear.out_features, linear.in_features)
+            if target not in names:
+                fail(f'target_modules: block {i} has no linear layer {target!r}, but {", ".join(names)}')
+        for name in [name for name in linears if name.rpartition('.')[2] in c.target_modules]:
+            linear, tensor = linears[name], headers[stored_name(headers, name)]
+            shapes[name] = (linear.out_features, linear.in_features)
             if tensor['dtype'] not in TORCH_DTYPES or tuple(tensor['shape']) != shapes[name]:
                 fail(f'{model_dir}: {name}: {tensor["dtype"]} {tensor["shape"]} found, {list(shapes[name])} in one of '
                      f'{", ".join(TORCH_DTYPES)} wanted')
@@ -959,6 +969,8 @@ def load_sets(c, tokenizer):
             held[name] = random.Random(f'{c.seed} val').sample(conversations, tenth)
             texts = [messages for _, messages in held[name]]
             sets[name] = [row for row in conversations if row[1] not in texts] or conversations
+            if sets[name] is conversations:
+                print(f'warning: {name}: all rows are alike, so those held out are trained on', file=sys.stderr)
     benign_rows = sets['retain']
     for name, option in (('harmful', 'contexts'), ('retain', 'retain_contexts')):
         contexts, rng = getattr(c, option), random.Random(f'{c.seed} {option}')
@@ -972,13 +984,13 @@ def load_sets(c, tokenizer):
         def to_row(messages, where):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
-            end = max(head, answer - len(template_ends(tokenizer, tokenizer.chat_template)[1]))
+            end = min(len(ids), max(head, answer - len(template_ends(tokenizer, tokenizer.chat_template)[1])))
             told = answer + c.opening if name == 'harmful' else answer
             noisy = (head, head) if name == 'harmful' else (1, end)  # the first token is, in many models, a sink
             return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, end, noisy=noisy)
         needed, order = c.max_steps * rows_a_step(c), f'{c.seed} {name}'
         rows[name] = rows_of_run(conversations, needed, order, to_row, f'{name} rows')
-        held_out[name] = rows_of_run(held[name], len(held[name]), order, to_row, held_from[name])
+        held_out[name] = rows_of_run(held[name], 0, order, to_row, held_from[name])
     special, rng = set(tokenizer.all_special_ids), random.Random(f'{c.seed} words')
     words = [token for row in rows['retain'] for token in row.ids if token not in special]
     asks = lambda row: row.noisy[0] < row.end  # has a request
@@ -993,12 +1005,12 @@ def model_card(c, rows, record):
     hub_id = not os.path.isdir(c.model_name)
     numbers = ', '.join(f'{len({row.where for row in some})} {name} rows' for name, some in rows.items())
     made = f'Trained on {numbers}: {record.get("verdict")}.'
-    if c.merge_only:
-        made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
     recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'retain_smooth', 'cb_loss', 'loss_on', 'contexts',
               'retain_contexts', 'opening', 'broken', 'soft_contexts', 'soft_start', 'scrambled', 'retain_noise',
               'strange', 'use_dynamic_scheduling', 'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r',
               'target_modules', 'batch_size', 'learning_rate', 'lr_scheduler', 'seed')
+    if c.merge_only:
+        made, recipe = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.', ('lora_r',)
     return '\n'.join([
         '---', *([f'base_model: {c.model_name}'] if hub_id else []), 'library_name: transformers',
         'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(c.output_dir)}', '',
@@ -1053,9 +1065,11 @@ if __name__ == '__main__':
     checkpoint_path = os.path.join(partial, CHECKPOINT)
     model_dir = find_model(c.model_name)
     if rank == 0:
-        check_output('output_dir', c.output_dir, (CHECKPOINT, 'cb_config.json', 'log.jsonl'), c.overwrite, c.resume)
-        if os.path.commonpath([os.path.realpath(model_dir), c.output_dir]) == os.path.realpath(model_dir):
-            fail(f'output_dir: {c.output_dir} lies in the model that is to be copied, {model_dir}; choose another')
+        marks = (CHECKPOINT, 'cb_config.json', 'log.jsonl', 'lock')
+        check_output('output_dir', c.output_dir, marks, c.overwrite, c.resume)
+        for folder in (c.output_dir, partial, c.output_dir + '.old'):
+            if os.path.commonpath([folder, os.path.realpath(model_dir)]) in (folder, os.path.realpath(model_dir)):
+                fail(f'output_dir: {folder} and the model, {model_dir}, lie one in the other; choose another')
         if os.path.isdir(partial):
             locked('output_dir', partial).release()
     saved, tensors = read_checkpoint(checkpoint_path) if c.resume and os.path.exists(checkpoint_path) else ({}, {})
@@ -1067,7 +1081,8 @@ if __name__ == '__main__':
     c.micro_batch_tokens = c.micro_batch_tokens or (512 if c.device == 'cpu' else 2048)
     shapes, blocks = check_model(model_dir, c)
     adapter = read_adapter(c.init_from, shapes, c) if c.init_from else {}
-    rows, held_out = ({}, {}) if c.merge_only else load_sets(c, load_tokenizer(model_dir, c.chat_template, c.date))
+    tokenizer = load_tokenizer(model_dir, c.chat_template, c.date)
+    rows, held_out = ({}, {}) if c.merge_only else load_sets(c, tokenizer)
     ids_and_masks = [[row[:2] for some in (*rows.values(), *held_out.values()) for row in some]]
     state = {'options': {**{name: value for name, value in config.items() if name not in MAY_DIFFER}, 'ranks': world},
              'rows': hashlib.sha256(json.dumps(ids_and_masks).encode()).hexdigest(), 'base': base_files(model_dir),
@@ -1104,7 +1119,11 @@ if __name__ == '__main__':
         draw_start(model, loras, sum(first, []), c)  # on the same rows on every rank
 
     # the output directory is ours from here on, once every rank has seen it: emptied, or cut back to the checkpoint
-    summed(torch.zeros(1, device=c.device))
+    if dist.is_initialized():
+        runs = [None] * world
+        dist.all_gather_object(runs, [state[name] for name in ('options', 'rows', 'step')])
+        if any(run != runs[0] for run in runs):
+            fail('the ranks have other rows, options or checkpoints; the same files for each rank wanted')
     log, save = sys.stdout, lambda state: None
     if rank == 0:
         os.makedirs(partial, exist_ok=True)
@@ -1151,7 +1170,10 @@ if __name__ == '__main__':
         f.write(model_card(c, rows, state['record']))
     message = 'the adapter alone, in PEFT\'s format, in adapter/'
     if c.merge_adapter:
+        for lora in loras.values():
+            lora.base = None  # of the model, only the deltas are needed
         del model
+        gc.collect()
         off = save_merged(model_dir, partial, loras, adapted, blocks, state['base'], c)
         message = f'merged and reloaded; its states are {off:.1e} away from the adapted model\'s'
     log.close()

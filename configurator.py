@@ -190,7 +190,7 @@ def parsed(text, default):
 
 def check_constraint(name, value, comment):
     """Ends with one line if a value, or an element of it, breaks the constraint that its comment begins with."""
-    constraint = re.match(rf'({BOUND}(?:, {BOUND})*|{CHOICE}(?: \| {CHOICE})+):(?: |$)', comment)
+    constraint = re.match(rf'({BOUND}(?:, {BOUND})*|{CHOICE}(?: \| {CHOICE})+)(?:: |:?$)', comment)
     if not constraint:
         return
     if constraint[1][0] in '<>':
@@ -222,7 +222,7 @@ def file_options(path, defaults, known):
         fail(f'command line: there is no config file {path}')
     try:
         values = runpy.run_path(path)
-    except Exception as e:  # the file is a program
+    except (Exception, SystemExit) as e:  # the file is a program
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         line = getattr(e, 'lineno', None) or (lines or ['?'])[-1]
         fail(f'{path}: line {line}: {type(e).__name__}: {getattr(e, "msg", e)}')

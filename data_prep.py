@@ -452,14 +452,14 @@ def encode(tokenizer, messages, max_seq_length, lengths=(0, 0)):
 
 def rows_of_run(conversations, count, order_seed, to_row, option):
     """
-    The `count` rows that a run reads, in order, as to_row(messages, where) makes them of [(where, messages)]: shuffled
-    anew each epoch, encoded when they are read. It leaves out and counts rows whose mask counts nothing. One line and
-    the end if the template refuses a row or none is left.
+    The `count` rows that a run reads (0 = each once), in order, as to_row(messages, where) makes them of [(where,
+    messages)]: shuffled anew each epoch, encoded when they are read. It leaves out and counts rows whose mask counts
+    nothing. One line and the end if the template refuses a row or none is left.
     """
-    rows, encoded, epoch = [], {}, 0
+    rows, encoded, epoch, why = [], {}, 0, 'no token counts behind the opening and within max_seq_length'
     while len(rows) < count or not rows:
         for i in random.Random(f'{order_seed} {epoch}').sample(range(len(conversations)), len(conversations)):
-            if len(rows) == count:
+            if count and len(rows) == count:
                 break
             where, messages = conversations[i]
             try:
@@ -469,11 +469,11 @@ def rows_of_run(conversations, count, order_seed, to_row, option):
             if any(encoded[i].mask):
                 rows.append(encoded[i])
         if not rows:
-            fail(f'{option}: no rows left of {len(conversations)}: no token that counts is within max_seq_length')
+            fail(f'{option}: no rows left of {len(conversations)}: {why}')
         epoch += 1
     dropped = sum(not any(row.mask) for row in encoded.values())
     if dropped:
-        print(f'{option}: {dropped} of {len(encoded)} rows left out: no token that counts is within max_seq_length')
+        print(f'{option}: {dropped} of {len(encoded)} rows left out: {why}')
     return rows
 
 

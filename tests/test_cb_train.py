@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import random
 import shutil
@@ -609,7 +610,8 @@ def test_a_run_reads_every_row_once_an_epoch_in_an_order_of_the_seed_and_encodes
 @pytest.mark.parametrize('layers, benign, words', [
     ([0.5, 0.16], 0.98, 'rerouted: cos 0.33 on 2 held-out harmful rows, 0.98 on 3 benign'), ([0.98, 0.98], 0.99, 'warning: NOT rerouted: cos 0.98'),
     ([0.99, -0.21], 0.99, 'warning: NOT rerouted: cos 0.39 on 2 held-out harmful rows, 0.99 on 3 benign; harmful states: 0.99 at layer 1, -0.21 at layer 2'),
-    ([0.1, 0.1], 0.5, 'warning: rerouted, but benign states moved too: cos 0.10')])
+    ([0.1, 0.1], 0.5, 'warning: rerouted, but benign states moved too: cos 0.10'), ([0.1, math.nan], 0.99, 'warning: NOT rerouted: cos nan'),
+    ([0.1, 0.1], math.nan, 'warning: rerouted, but benign states moved too')])
 def test_the_verdict_says_whether_the_states_of_held_out_rows_moved_at_each_layer(layers, benign, words):
     streams = [types.SimpleNamespace(name=name, held_out=[0] * n) for name, n in (('retain', 3), ('harmful', 2))]
     record = {'val_cb_cos': sum(layers) / 2, 'val_retain_cos': benign, 'val_cb_cos_1': layers[0], 'val_cb_cos_2': layers[1]}
@@ -891,7 +893,10 @@ def test_an_adapter_of_ours_or_pefts_is_merged_alone_and_one_that_does_not_fit_i
     assert run('cb_train.py', *arguments, f'--init_from={start}', '--merge_only=True', '--cb_data_path=none')[0] == 0
     twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), start).merge_and_unload().state_dict()
     assert all(torch.allclose(tensor, twin[name], atol=1e-6) for name, tensor in tensors_of(tmp_path / 'out').items())
-    assert 'merged the adapter' in (tmp_path / 'out' / 'README.md').read_text()
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'merged the adapter' in card and 'max_steps' not in card
+    status, _, err = run('cb_train.py', *arguments, f'--init_from={start}', '--merge_only=True', '--chat_template=none.jinja', f'--output_dir={tmp_path / "no"}')
+    assert status == 2 and err.count('\n') == 1 and 'none.jinja' in err
     assert run('cb_train.py', *arguments, f'--init_from={tmp_path / "out" / "adapter"}', f'--output_dir={tmp_path / "again"}', '--merge_only=True')[0] == 0
     assert all(torch.equal(tensor, tensors_of(tmp_path / 'again')[name]) for name, tensor in tensors_of(tmp_path / 'out').items())
     status, _, err = run('cb_train.py', *arguments, f'--init_from={start}', f'--output_dir={tmp_path / "on"}', '--learning_rate=1e-12')
@@ -921,6 +926,46 @@ def test_a_conversation_is_encoded_with_its_head_and_answer_and_cut_to_its_lengt
     ids, head, answer = data_prep.encode(tokenizer, talk, 512, (4, 2))
     assert words(ids) == ['<bos>', '<user>', 'red', '<end>', 'yes', 'no'] and answer == 4
     assert len(data_prep.encode(tokenizer, talk, 8)[0]) == 8
+
+
+def test_soft_tokens_stay_in_a_request_that_is_cut(run, arguments, rows, tmp_path):
+    harmful = [{'prompt': 'tell me about red apples ' * 4, 'response': 'yes'} for _ in range(3)]
+    (tmp_path / 'long.json').write_text(json.dumps(harmful))
+    for length in (9, 12, 15, 18):
+        status, _, err = run('cb_train.py', *arguments, f'--cb_data_path={tmp_path / "long.json"}', '--soft_contexts=1', '--overwrite=True',
+                             f'--max_seq_length={length}', '--max_steps=2')
+        assert status == 0, err
+
+
+def test_held_out_rows_are_read_once_and_those_of_a_set_that_is_all_alike_are_trained_on_with_a_warning(run, arguments, tmp_path):
+    rows = [(f'row {i}', i) for i in range(8)]
+    to_row = lambda number, where: Row([number], [number % 4 == 0], where)
+    assert sorted(row.ids[0] for row in data_prep.rows_of_run(rows, 0, '', to_row, 'x')) == [0, 4]
+    (tmp_path / 'one.json').write_text(json.dumps([{'prompt': 'red', 'response': 'yes yes'}]))
+    status, _, err = run('cb_train.py', *arguments, f'--cb_data_path={tmp_path / "one.json"}', '--val_data_path=')
+    assert status == 0 and 'warning: harmful: all rows are alike, so those held out are trained on' in err
+
+
+@pytest.mark.parametrize('divisor', ['real', 'published'])
+def test_a_validation_divides_as_a_step_does(run, arguments, rows, tmp_path, divisor):
+    (tmp_path / 'retain3.jsonl').write_text(''.join(open(rows['retain']).readlines()[:3]))
+    (tmp_path / 'val3.jsonl').write_text('\n'.join([
+        *(json.dumps({'label': 'benign', **json.loads(line)}) for line in open(tmp_path / 'retain3.jsonl')),
+        '{"label": "harmful", "prompt": "red", "response": "yes"}']))
+    status, _, err = run('cb_train.py', *arguments, f'--retain_data_path={tmp_path / "retain3.jsonl"}', f'--val_data_path={tmp_path / "val3.jsonl"}',
+                         f'--retain_divisor={divisor}', '--max_steps=1', '--learning_rate=1e-12', '--lora_dropout=0')
+    assert status == 0, err
+    record, = records_of(tmp_path / 'out')
+    assert record['val_retain_loss'] == pytest.approx(record['retain_loss'], rel=1e-4)
+
+
+def test_float16_keeps_gradients_that_are_too_small_for_it(run, arguments, tmp_path):
+    norms = {}
+    for dtype in ('float16', 'float32'):
+        status, _, err = run('cb_train.py', *arguments, f'--dtype={dtype}', f'--output_dir={tmp_path / dtype}', '--lorra_alpha=2e-4', '--max_steps=1')
+        assert status == 0, err
+        norms[dtype] = records_of(tmp_path / dtype)[0]['grad_norm']
+    assert norms['float16'] == pytest.approx(norms['float32'], rel=0.05)
 
 
 def test_a_row_of_ten_thousand_words_is_cut(run, arguments, rows, tmp_path):
@@ -1081,7 +1126,8 @@ def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, 
     (['--retain_data_path=no/set'], ['no/set']), (['--target_layers='], ['target_layers']), (['--target_layers=1,1'], ['twice']),
     (['--retain_contexts='], ['empty retain_contexts']), (['--cb_lengths=4'], ['cb_lengths']), (['--contexts=own,all'], ['contexts', 'own, nothing or noise']),
     (['--broken=0.5'], ['broken=0.5', 'loss_on=harmful_response']), (['--opening=2'], ['opening=2', 'loss_on=harmful_response']), (['--soft_contexts=2'], ['soft_contexts', 'at most 1']),
-    (['--soft_contexts=0.01'], ['of 3 rows a step none']), (['--soft_steps=0'], ['soft_steps']), (['--soft_tokens=0'], ['soft_tokens'])])
+    (['--soft_contexts=0.01'], ['of 3 rows a step none']), (['--soft_steps=0'], ['soft_steps']), (['--soft_tokens=0'], ['soft_tokens']),
+    (['--layers_to_transform=2'], ['layers_to_transform=[2]', 'cannot move']), (['--seed=4294967296'], ['seed']), (['--learning_rate=2'], ['learning_rate', 'more than 0 and at most 1']), (['--weight_decay=-1'], ['weight_decay', 'at least 0'])])
 def test_a_mistake_is_one_line_and_status_2_before_anything_is_written(run, arguments, tmp_path, more, words):
     status, _, err = run('cb_train.py', *arguments, *more)
     assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
@@ -1111,6 +1157,18 @@ def test_nothing_that_no_run_wrote_is_removed_and_an_output_inside_the_model_is_
     for inside in (model_dir, f'{model_dir}/out/x'):
         status, _, err = run('cb_train.py', *arguments, f'--output_dir={inside}', '--overwrite=True')
         assert status == 2 and err.count('\n') == 1 and not os.path.exists(f'{model_dir}/out'), err
+    for outside in ('two', 'two.partial'):  # an overwritten output would take the model in it away
+        shutil.copytree(model_dir, tmp_path / outside / 'base')
+        (tmp_path / outside / 'log.jsonl').touch()
+        status, _, err = run('cb_train.py', *arguments, f'--model_name={tmp_path / outside / "base"}', f'--output_dir={tmp_path / "two"}', '--overwrite=True')
+        assert status == 2 and err.count('\n') == 1 and (tmp_path / outside / 'base' / 'config.json').exists(), err
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_nothing_in_the_way(run, arguments, tmp_path):
+    (tmp_path / 'out.partial').mkdir()
+    (tmp_path / 'out.partial' / 'lock').touch()
+    status, _, err = run('cb_train.py', *arguments, '--resume=True')
+    assert status == 0, err
 
 
 def test_a_static_schedule_may_stand_beside_schedule_steps(run, arguments, tmp_path):
@@ -1169,6 +1227,14 @@ def test_two_ranks_with_the_model_whole_or_sharded_log_train_and_merge_as_one_pr
         assert all(torch.allclose(tensor, merged[key], rtol=0, atol=1e-5) for key, tensor in tensors_of(out).items())
         assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / 'out')) and not os.path.exists(f'{out}.partial')
         assert len(said(out, 'stdout')) == 4 and not said(out)  # rank 0 speaks for all
+
+
+def test_ranks_that_are_not_in_one_run_say_so_before_anything_is_written(arguments, tmp_path):
+    (tmp_path / 'c.py').write_text('import os\nseed = int(os.environ["RANK"])')
+    out = tmp_path / 'two'
+    assert torchrun(2, str(tmp_path / 'c.py'), *arguments, f'--output_dir={out}').wait(120) != 0
+    assert said(out) == ['error: the ranks have other rows, options or checkpoints; the same files for each rank wanted']
+    assert not out.exists() and not os.path.exists(f'{out}.partial')
 
 
 def rank_of(process):

@@ -82,7 +82,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(script, capsys, 
 @pytest.mark.parametrize('text, words', [
     ('max = 1', ['max', 'c.py']), ('steps = "7"', ['steps', 'whole number']), ('steps = True', ['whole number']),
     ('layers = 5', ['list of int']), ('layers = [1, "a"]', ['list of int']), ('name = 3', ['a text']),
-    ('choice = True', ['a text']), ('x = (', ['line 1', 'SyntaxError']), ('\nx = 1 / 0', ['line 2', 'ZeroDivision']),
+    ('choice = True', ['a text']), ('x = (', ['line 1', 'SyntaxError']), ('\nx = 1 / 0', ['line 2', 'ZeroDivision']), ('\nexit()', ['SystemExit']),
     ('share = 2', ['share=2.0 found, at least 0 and below 1 wanted'])])
 def test_a_mistake_in_a_config_file_is_one_line_and_status_2(script, tmp_path, capsys, text, words):
     (tmp_path / 'c.py').write_text(text)
