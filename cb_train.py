@@ -213,7 +213,8 @@ def token_mask(ids, stream, loss_on, head, answer):
     """
     Returns which tokens of a row its stream's loss counts, (T,) of 0 and 1; stream: 'retain' or 'harmful'. CHANGE A
     MASK HERE. head: where a row's first word stands, behind what the chat template writes (BOS, a system prompt): both
-    sets share that, and both losses would pull at it, so the cb loss leaves it out. answer: where the last answer does.
+    sets share that, and both losses would pull at it, so the cb loss leaves it out. answer: where the last answer
+    stands, a harmful one's behind its `opening`.
     """
     first = head if stream == 'harmful' else 0
     if loss_on == 'response' or (loss_on == 'harmful_response' and stream == 'harmful'):
@@ -408,7 +409,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         p.grad = gradient.view_as(p)  # a view of the buffer: backward() adds into it
     record, start, signals = state['record'], time.time() - state['seconds'], catch_signals()
     rows_of = lambda stream, step: stream.rows[step * rows_a_step(c):(step + 1) * rows_a_step(c)]
-    scale = 1024.0 if model.dtype == torch.float16 else 1.0  # float16 would lose small gradients
+    scale = 1024.0 if model.dtype == torch.float16 else 1.0  # float16 would round small gradients to 0
     for step in tqdm(range(state['step'], c.max_steps), desc='train', disable=None):
         # forward and backward: for each stream and micro-batch a reference pass and an adapted pass
         torch.manual_seed(random.Random(f'{c.seed} {c.rank} {step}').getrandbits(63))
@@ -521,9 +522,9 @@ def rmu_loss(h, h_lora, mask, layers, direction):
 def other_loss(c, width):
     """Returns what cb_loss = 'random' or 'rmu' names, with one random direction of a width; c: the options."""
     u = F.normalize(torch.rand(width, generator=torch.Generator().manual_seed(c.seed)), dim=0).to(c.device)
-    if c.cb_loss == 'random':
-        return functools.partial(random_direction_loss, direction=u)
-    return functools.partial(rmu_loss, direction=c.rmu_norm * u)
+    losses = {'random': functools.partial(random_direction_loss, direction=u),
+              'rmu': functools.partial(rmu_loss, direction=c.rmu_norm * u)}
+    return losses[c.cb_loss]
 
 
 def root_mean_square(x):
@@ -747,7 +748,7 @@ def check_model(model_dir, c):
         fail(f'num_hidden_layers={blocks} found, but {model_dir} has {depth} blocks')
     if max(c.layers_to_transform, default=0) >= blocks:
         fail(f'layers_to_transform={c.layers_to_transform} found, but {blocks} blocks are kept: 0 to {blocks - 1}')
-    if min(c.layers_to_transform, default=0) >= min(c.target_layers):
+    if min(c.layers_to_transform, default=0) >= min(c.target_layers) and not c.merge_only:
         fail(f'layers_to_transform={c.layers_to_transform} found, but state {min(c.target_layers)} of target_layers is '
              'the one before all of these blocks, and cannot move')
     try:
@@ -765,9 +766,10 @@ def check_model(model_dir, c):
         for target in c.target_modules:
             if target not in names:
                 fail(f'target_modules: block {i} has no linear layer {target!r}, but {", ".join(names)}')
-        for name in [name for name in linears if name.rpartition('.')[2] in c.target_modules]:
-            linear, tensor = linears[name], headers[stored_name(headers, name)]
-            shapes[name] = (linear.out_features, linear.in_features)
+        for name, linear in linears.items():
+            if name.rpartition('.')[2] not in c.target_modules:
+                continue
+            tensor, shapes[name] = headers[stored_name(headers, name)], (linear.out_features, linear.in_features)
             if tensor['dtype'] not in TORCH_DTYPES or tuple(tensor['shape']) != shapes[name]:
                 fail(f'{model_dir}: {name}: {tensor["dtype"]} {tensor["shape"]} found, {list(shapes[name])} in one of '
                      f'{", ".join(TORCH_DTYPES)} wanted')
@@ -1010,7 +1012,8 @@ def model_card(c, rows, record):
               'strange', 'use_dynamic_scheduling', 'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r',
               'target_modules', 'batch_size', 'learning_rate', 'lr_scheduler', 'seed')
     if c.merge_only:
-        made, recipe = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.', ('lora_r',)
+        made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
+        recipe = ('lora_r', 'lora_alpha', 'target_modules')
     return '\n'.join([
         '---', *([f'base_model: {c.model_name}'] if hub_id else []), 'library_name: transformers',
         'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(c.output_dir)}', '',
@@ -1065,8 +1068,7 @@ if __name__ == '__main__':
     checkpoint_path = os.path.join(partial, CHECKPOINT)
     model_dir = find_model(c.model_name)
     if rank == 0:
-        marks = (CHECKPOINT, 'cb_config.json', 'log.jsonl', 'lock')
-        check_output('output_dir', c.output_dir, marks, c.overwrite, c.resume)
+        check_output('output_dir', c.output_dir, (CHECKPOINT, 'cb_config.json', 'log.jsonl'), c.overwrite, c.resume)
         for folder in (c.output_dir, partial, c.output_dir + '.old'):
             if os.path.commonpath([folder, os.path.realpath(model_dir)]) in (folder, os.path.realpath(model_dir)):
                 fail(f'output_dir: {folder} and the model, {model_dir}, lie one in the other; choose another')
@@ -1081,7 +1083,8 @@ if __name__ == '__main__':
     c.micro_batch_tokens = c.micro_batch_tokens or (512 if c.device == 'cpu' else 2048)
     shapes, blocks = check_model(model_dir, c)
     adapter = read_adapter(c.init_from, shapes, c) if c.init_from else {}
-    tokenizer = load_tokenizer(model_dir, c.chat_template, c.date)
+    needs_tokens = c.chat_template or not c.merge_only
+    tokenizer = load_tokenizer(model_dir, c.chat_template, c.date) if needs_tokens else None
     rows, held_out = ({}, {}) if c.merge_only else load_sets(c, tokenizer)
     ids_and_masks = [[row[:2] for some in (*rows.values(), *held_out.values()) for row in some]]
     state = {'options': {**{name: value for name, value in config.items() if name not in MAY_DIFFER}, 'ranks': world},
@@ -1090,6 +1093,11 @@ if __name__ == '__main__':
     if tensors:
         check_same_run(checkpoint_path, saved, state)
         state = saved
+    if dist.is_initialized():
+        runs = [None] * world
+        dist.all_gather_object(runs, [config, c.micro_batch_tokens, state['rows'], state['step']])
+        if any(run != runs[0] for run in runs):
+            fail('the ranks have other options, rows or checkpoints; the same files for each rank wanted')
 
     # the model: truncated, frozen, with a LoRA beside each of its target linears
     torch.manual_seed(c.seed)
@@ -1118,12 +1126,7 @@ if __name__ == '__main__':
         first = [micro_batches(some[:4], c.batch_size, c.micro_batch_tokens) for some in rows.values()]
         draw_start(model, loras, sum(first, []), c)  # on the same rows on every rank
 
-    # the output directory is ours from here on, once every rank has seen it: emptied, or cut back to the checkpoint
-    if dist.is_initialized():
-        runs = [None] * world
-        dist.all_gather_object(runs, [state[name] for name in ('options', 'rows', 'step')])
-        if any(run != runs[0] for run in runs):
-            fail('the ranks have other rows, options or checkpoints; the same files for each rank wanted')
+    # the output directory is ours from here on, as every rank has seen it: emptied, or cut back to the checkpoint
     log, save = sys.stdout, lambda state: None
     if rank == 0:
         os.makedirs(partial, exist_ok=True)

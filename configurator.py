@@ -87,7 +87,7 @@ def check_output(option, folder, marks, overwrite, resume=False):
     """
     may_replace = {folder: overwrite, folder + '.partial': overwrite or resume, folder + '.old': True}
     for path, allowed in may_replace.items():
-        names = os.listdir(path) if os.path.isdir(path) else [path]
+        names = [name for name in os.listdir(path) if name != 'lock'] if os.path.isdir(path) else [path]
         ours = any(mark in names for mark in marks)
         if os.path.lexists(path) and names and not (ours and allowed):
             ways = ', or add --overwrite=True to replace it' if ours else ' or move it, no run wrote it'

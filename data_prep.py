@@ -54,7 +54,7 @@ from configurator import check_output, configure, fail, fault, publish
 # ----------------------------------------------------------------------------------------------------------------------
 out = ''              # the folder to write ['' = data/toy, data/kitchen, data/NAME]
 overwrite = False     # replace what is there
-seed = 0              # >= 0: all that is drawn is a function of it
+seed = 0              # >= 0, < 4294967296: all that is drawn is a function of it
 # a real recipe: sources (a hub id, ORG/NAME or ORG/NAME:SPLIT, or a local file or folder in the same shape), their mix
 circuit_breakers = 'justinphan3110/circuit_breakers_train'  # {prompt, output | response, llama3_output}, or pairs
 ultrachat = 'HuggingFaceH4/ultrachat_200k'                  # {messages}
@@ -357,10 +357,9 @@ def said(tokenizer, messages):
 def one_bos(tokenizer, ids):
     """Token ids (a list) with BOS exactly once if the tokenizer writes one, whether the template wrote none or two."""
     bos = [tokenizer.bos_token_id]
-    writes_bos = tokenizer('')['input_ids'][:1] == bos
     while ids[:2] == bos * 2:
         ids = ids[1:]
-    return bos + ids if writes_bos and ids[:1] != bos else ids
+    return bos + ids if ids[:1] != bos and tokenizer('')['input_ids'][:1] == bos else ids
 
 
 def template_ids(tokenizer, messages, answer=True):
@@ -456,7 +455,7 @@ def rows_of_run(conversations, count, order_seed, to_row, option):
     messages)]: shuffled anew each epoch, encoded when they are read. It leaves out and counts rows whose mask counts
     nothing. One line and the end if the template refuses a row or none is left.
     """
-    rows, encoded, epoch, why = [], {}, 0, 'no token counts behind the opening and within max_seq_length'
+    rows, encoded, epoch, why = [], {}, 0, 'no token that counts (max_seq_length, opening)'
     while len(rows) < count or not rows:
         for i in random.Random(f'{order_seed} {epoch}').sample(range(len(conversations)), len(conversations)):
             if count and len(rows) == count:

@@ -1167,7 +1167,13 @@ def test_nothing_that_no_run_wrote_is_removed_and_an_output_inside_the_model_is_
 def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_nothing_in_the_way(run, arguments, tmp_path):
     (tmp_path / 'out.partial').mkdir()
     (tmp_path / 'out.partial' / 'lock').touch()
-    status, _, err = run('cb_train.py', *arguments, '--resume=True')
+    (tmp_path / 'out').mkdir()
+    for name in ('lock', 'thesis.txt'):
+        (tmp_path / 'out' / name).write_text('mine')
+    status, _, err = run('cb_train.py', *arguments, '--overwrite=True')
+    assert status == 2 and (tmp_path / 'out' / 'thesis.txt').read_text() == 'mine'
+    (tmp_path / 'out' / 'thesis.txt').unlink()
+    status, _, err = run('cb_train.py', *arguments)
     assert status == 0, err
 
 
@@ -1233,7 +1239,7 @@ def test_ranks_that_are_not_in_one_run_say_so_before_anything_is_written(argumen
     (tmp_path / 'c.py').write_text('import os\nseed = int(os.environ["RANK"])')
     out = tmp_path / 'two'
     assert torchrun(2, str(tmp_path / 'c.py'), *arguments, f'--output_dir={out}').wait(120) != 0
-    assert said(out) == ['error: the ranks have other rows, options or checkpoints; the same files for each rank wanted']
+    assert said(out) == ['error: the ranks have other options, rows or checkpoints; the same files for each rank wanted']
     assert not out.exists() and not os.path.exists(f'{out}.partial')
 
 
