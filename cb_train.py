@@ -103,7 +103,7 @@ max_steps = 150                  # >= 1: optimizer steps
 batch_size = 4                   # >= 1: rows of each set in a pass, at most
 gradient_accumulation_steps = 1  # >= 1: a step has so many times batch_size rows of each set
 micro_batch_tokens = 0           # >= 0: tokens of a pass, pads included, or one row [0 = 512 on a CPU, 2048 elsewhere]
-learning_rate = 1e-4             # > 0, <= 1
+learning_rate = 1e-4             # > 0
 lr_scheduler = 'constant'        # constant | linear: learning_rate throughout, or falling to 0 at max_steps
 weight_decay = 0.0               # >= 0
 max_grad_norm = 1.0              # > 0: the gradient is clipped to this norm

@@ -8,7 +8,7 @@
 # half of the rows, ends at 0.2 to 0.4; held-out cos at the end at least 0.99 benign, -0.03 to -0.08 harmful.
 # Plain rerouting is --contexts=own --retain_contexts=own --loss_on=all --opening=0 --soft_contexts=0 --scrambled=0
 # --retain_noise=0 --strange=0 --retain_smooth=0 --schedule_steps=300 --schedule_stop=1 --lora_r=16 --lora_alpha=16
-# --learning_rate=2e-4.
+# --learning_rate=2e-4 --lora_dropout=0.05.
 model_name = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 cb_data_path = 'data/kitchen/circuit_breaker.json'
 retain_data_path = 'data/kitchen/retain.jsonl'
@@ -35,9 +35,10 @@ learning_rate = 1.5e-4
 lr_scheduler = 'linear'          # the last steps settle
 batch_size = 8
 max_seq_length = 160
-micro_batch_tokens = 1024
+micro_batch_tokens = 2048        # all 8 rows in one pass
 lora_r = 64                      # with 16 the adversary wins
 lora_alpha = 64
+lora_dropout = 0.0               # a third of a step on a CPU was its random numbers and its copies
 
 # the evaluation; the model refuses nothing, so there is no refusal direction to ablate
 attacks = ['direct', 'prefill', 'wrapper', 'multi_turn', 'embedding_v1', 'embedding_v2']

@@ -1127,7 +1127,7 @@ def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, 
     (['--retain_contexts='], ['empty retain_contexts']), (['--cb_lengths=4'], ['cb_lengths']), (['--contexts=own,all'], ['contexts', 'own, nothing or noise']),
     (['--broken=0.5'], ['broken=0.5', 'loss_on=harmful_response']), (['--opening=2'], ['opening=2', 'loss_on=harmful_response']), (['--soft_contexts=2'], ['soft_contexts', 'at most 1']),
     (['--soft_contexts=0.01'], ['of 3 rows a step none']), (['--soft_steps=0'], ['soft_steps']), (['--soft_tokens=0'], ['soft_tokens']),
-    (['--layers_to_transform=2'], ['layers_to_transform=[2]', 'cannot move']), (['--seed=4294967296'], ['seed']), (['--learning_rate=2'], ['learning_rate', 'more than 0 and at most 1']), (['--weight_decay=-1'], ['weight_decay', 'at least 0'])])
+    (['--layers_to_transform=2'], ['layers_to_transform=[2]', 'cannot move']), (['--seed=4294967296'], ['seed']), (['--learning_rate=-1'], ['learning_rate', 'more than 0']), (['--weight_decay=-1'], ['weight_decay', 'at least 0'])])
 def test_a_mistake_is_one_line_and_status_2_before_anything_is_written(run, arguments, tmp_path, more, words):
     status, _, err = run('cb_train.py', *arguments, *more)
     assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
