@@ -921,8 +921,8 @@ def test_lm_eval_measures_a_model_directory_by_the_documented_command(model_dir,
         'doc_to_target: "{{answer}}"\n')
     readme = open(os.path.join(ROOT, 'README.md'), encoding='utf-8')
     command = next(line for line in readme if line.startswith('lm_eval '))
-    command = command.replace('out/llama3', model_dir).replace('--tasks mmlu,arc_challenge', '--tasks apples')
-    words = command.replace('--device cuda', '--device cpu').split()
+    command = command.replace('out/llama3', model_dir).replace('--tasks mmlu', '--tasks apples')
+    words = [*command.split(), '--device', 'cpu']
     done = subprocess.run([sys.executable, '-m', *words, '--include_path', str(tmp_path), '--output_path',
                            str(tmp_path / 'out')], capture_output=True, text=True,
                           env={**os.environ, 'HF_DATASETS_CACHE': str(tmp_path / 'cache')})
