@@ -694,11 +694,10 @@ def judge_harmbench(model, tokenizer, rows, answers, batch_size, max_tokens=512)
 def load_judge(path, device='', dtype='auto'):
     """(model, tokenizer) of HarmBench's classifier, without a device the tokenizer alone. One line if it is none."""
     try:
-        tokenizer, kind, model = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path).model_type, None
+        tokenizer, kind = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path).model_type
         if kind not in HARMBENCH:
             fail(f'judge_model: {path}: a model of type {kind} found, one of {", ".join(HARMBENCH)} wanted')
-        if device:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True) if device else None
     except Exception as e:  # transformers' and the hub's are many
         why = type(e).__name__ if os.path.isdir(path) else hub_trouble(e)
         fail(f'judge_model: {path}: not a model that transformers can load: {why}')
@@ -849,10 +848,9 @@ def chosen_attacks(c, rows):
     """
     harmful, chosen = [row for row in rows if row['label'] == 'harmful'], []
     bare = [row['where'] for row in harmful if not row['target']]
-    forgotten = 0 < len(bare) < len(harmful)
     for name in dict.fromkeys(name for given in c['attacks'] for name in GROUPS.get(given, [given])):
-        lacking = ''
-        if bare and ('prefill' in name or name.startswith(('embedding', 'gcg', 'finetune'))):
+        lacking, needs_target = '', 'prefill' in name or name.startswith(('embedding', 'gcg', 'finetune'))
+        if bare and needs_target:
             lacking = f'a "target" of each harmful row ({bare[0]} has none; targets_path names a file of them)'
         elif not attacked_rows(name, rows, 1):
             lacking = 'rows with a "target"' if name in ASKED else 'harmful rows'
@@ -864,7 +862,8 @@ def chosen_attacks(c, rows):
             lacking = 'suffix_start'
         elif name == 'embedding_v2' and not c['suffix_words'].strip():
             lacking = 'suffix_words'
-        if lacking and (name in c['attacks'] or forgotten and '"target" of each' in lacking):
+        forgotten = needs_target and 0 < len(bare) < len(harmful)  # a mistake, and no set without targets
+        if lacking and (name in c['attacks'] or forgotten):
             fail(f'attacks: {name} wants {lacking}; give it or leave the attack out')
         if lacking:
             print(f'warning: attacks: {name} is left out: it wants {lacking}', file=sys.stderr)
@@ -993,7 +992,7 @@ if __name__ == '__main__':
     attacks = config['attacks']
     if judge == 'harmbench' and rows[0]['label'] == 'harmful':
         load_judge(judge_model)  # no hours of attacks before it is missed
-    tokenizer = load_tokenizer(output_dir, chat_template, date)
+    base_tokenizer, tokenizer = (load_tokenizer(path, chat_template, date) for path in models.values())
     for row in rows:
         try:
             prompt_ids(tokenizer, row['messages'])
@@ -1001,7 +1000,7 @@ if __name__ == '__main__':
             fail(f'{row["where"]}: {e}; or give --chat_template=FILE')
 
     # ---- every attack on both models; a line is written as soon as one is finished, so that a stopped run can go on
-    templates = [load_tokenizer(path, chat_template, date).chat_template for path in models.values()]
+    templates = [base_tokenizer.chat_template, tokenizer.chat_template]
     partial, header = f'{output_dir}/eval.jsonl.partial', run_header(config, rows, data, templates)
     done = finished(partial, header) if resume else {}
     write(partial, [header, *({'model': m, 'attack': a, 'generations': g} for (m, a), g in done.items())])
