@@ -842,7 +842,7 @@ def test_rows_of_two_files_with_one_id_are_each_judged_as_themselves_and_benign_
     (['--harmful_path=none.csv'], ['none.csv']),
     (['--templates_path=', '--attacks=wrapper'], ['templates_path', 'wrapper']),
     (['--turns_path=', '--attacks=multi_turn'], ['turns_path', 'multi_turn']),
-    (['--attacks=gcg', '--suffix_start='], ['suffix_start', 'gcg']), (['--behaviors_path=data'], ['data is a folder']),
+    (['--attacks=gcg', '--suffix_start='], ['suffix_start', 'gcg']), (['--behaviors_path={folder}'], ['out is a folder']),
     (['--attacks=embedding_v2', '--suffix_words='], ['suffix_words']), (['--seed=4294967296'], ['seed']),
     (['--judge=base'], ['row 1', 'eleven words']),
     (['--judge=harmbench', '--judge_model=/none'], ['judge_model', '/none']),
@@ -852,7 +852,7 @@ def test_rows_of_two_files_with_one_id_are_each_judged_as_themselves_and_benign_
 def test_a_mistake_is_one_line_and_status_2_and_earlier_results_are_untouched(run, arguments, tmp_path, change, words):
     (tmp_path / 'out' / 'eval.json').write_text('earlier')
     (tmp_path / 'bad.jinja').write_text('{{ raise_exception("no") }}')
-    change = [option.format(bad=tmp_path / 'bad.jinja') for option in change]
+    change = [option.format(bad=tmp_path / 'bad.jinja', folder=tmp_path / 'out') for option in change]
     status, out, err = run('cb_eval.py', *arguments, '--judge=recipe', *change)
     assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
     assert (tmp_path / 'out' / 'eval.json').read_text() == 'earlier'
