@@ -37,12 +37,10 @@ import datetime
 import functools
 import gc
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
-import platform
 import random
 import re
 import shutil
@@ -437,7 +435,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
             record |= {f'{prefix}_loss': loss, f'{prefix}_coeff': coefficient, f'{prefix}_cos': cos}
             record['loss'] += coefficient * loss
             state['tokens'] += tokens
-        check_step(model, loras, streams, rows, record, state, c)
+        check_step(streams, rows, record, state, c)
         left = 1 - step / c.max_steps if c.lr_scheduler == 'linear' else 1.0
         optimizer.param_groups[0]['lr'] = c.learning_rate * left
         optimizer.step()
@@ -449,7 +447,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
             record |= {'learning_rate': optimizer.param_groups[0]['lr'], 'seconds': seconds, 'tokens': state['tokens']}
             record |= validate(model, loras, streams, c) if validated or last else {}
             record |= {'verdict': verdict(record, streams)} if last else {}
-            tqdm.write(log_line(record, streams))
+            tqdm.write(' | '.join(f'{name} {value:.4g}' for name, value in record.items() if name != 'verdict'))
             print(json.dumps(record), file=log, flush=True)
 
         # the checkpoint; the end, if a signal came to any rank: all stop after the same step
@@ -503,6 +501,7 @@ OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 
 CHECKPOINT = 'checkpoint.safetensors'
 MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interval', 'eval_interval', 'save_interval',
               'gradient_checkpointing', 'micro_batch_tokens', 'fsdp')  # between a run and its resume
+NOT_ON_THE_CARD = ('_path', '_dir', '_name', '_from', '_template', 'rank', 'world')  # endings of options: the user's own
 PROBE = torch.arange(64).view(2, 32) % 16  # token ids that every vocabulary has
 TRY = 'raise learning_rate, max_steps or schedule_steps'
 
@@ -620,19 +619,16 @@ def shard(model, device):
 
 # ---- what a step says ------------------------------------------------------------------------------------------------
 
-def check_step(model, loras, streams, rows, record, state, c):
+def check_step(streams, rows, record, state, c):
     """
-    Ends the run if a figure of a step is not finite, with the rows that do it, or if step 0 is not neutral. Warns if by
-    a fifth of the steps the cb loss has not moved.
+    Ends the run if a figure of a step is not finite, or if step 0 is not neutral. Warns if by a fifth of the steps the
+    cb loss has not moved.
     """
     figures = ', '.join(f'{name} {value}' for name, value in record.items() if name.endswith(('_loss', '_norm')))
     if not all(map(math.isfinite, record.values())):
-        with torch.no_grad():
-            bad = [row.where for stream in streams for row in rows[stream.name]
-                   if not run_stream(model, loras, stream, [[row]], c)[0].isfinite()]
-        where = f'rows: {", ".join(bad)}' if bad else 'no single row alone does it'
-        last_word(f'fault: step {record["step"]}: {figures}: stopped before the optimizer step; {where}; the last '
-                  'checkpoint is kept; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16')
+        where = ', '.join(row.where for stream in streams for row in rows[stream.name])
+        last_word(f'fault: step {record["step"]}: {figures}: stopped before the optimizer step; the last checkpoint is '
+                  f'kept; lower learning_rate or lorra_alpha, or use dtype=bfloat16 instead of float16; rows: {where}')
         sys.exit(1)
     neutral = min(record['retain_cos'], record['cb_cos']) >= 0.99
     if record['step'] == 0 and not c.init_from and c.lora_start < 0.05 and not neutral:
@@ -658,18 +654,6 @@ def validate(model, loras, streams, c):
     for lora in loras.values():
         lora.train()
     return means
-
-
-def log_line(record, streams):
-    """Returns a step's figures as one aligned line."""
-    parts = [f'step {record["step"]:4d}', f'loss {record["loss"]:8.4f}']
-    for p in [stream.prefix for stream in streams]:
-        loss, coefficient, cos = record[f'{p}_loss'], record[f'{p}_coeff'], record[f'{p}_cos']
-        parts.append(f'{p} {loss:7.4f} x {coefficient:5.2f} cos {cos:6.3f}')
-    parts += [f'grad {record["grad_norm"]:8.2e}', f'{record["seconds"]:6.1f} s']
-    for p in [stream.prefix for stream in streams if f'val_{stream.prefix}_loss' in record]:
-        parts.append(f'val {p} {record[f"val_{p}_loss"]:.4f} cos {record[f"val_{p}_cos"]:.3f}')
-    return ' | '.join(parts)
 
 
 def verdict(record, streams):
@@ -1007,18 +991,15 @@ def model_card(c, rows, record):
     hub_id = not os.path.isdir(c.model_name)
     numbers = ', '.join(f'{len({row.where for row in some})} {name} rows' for name, some in rows.items())
     made = f'Trained on {numbers}: {record.get("verdict")}.'
-    recipe = ('target_layers', 'lorra_alpha', 'retain_distance', 'retain_smooth', 'cb_loss', 'loss_on', 'contexts',
-              'retain_contexts', 'opening', 'broken', 'soft_contexts', 'soft_start', 'scrambled', 'retain_noise',
-              'strange', 'use_dynamic_scheduling', 'schedule_steps', 'schedule_stop', 'max_steps', 'lora_r',
-              'target_modules', 'batch_size', 'learning_rate', 'lr_scheduler', 'seed')
+    recipe = {name: value for name, value in vars(c).items() if not name.endswith(NOT_ON_THE_CARD)}
     if c.merge_only:
         made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
-        recipe = ('lora_r', 'lora_alpha', 'target_modules')
+        recipe = {name: recipe[name] for name in ('lora_r', 'lora_alpha', 'target_modules')}
     return '\n'.join([
         '---', *([f'base_model: {c.model_name}'] if hub_id else []), 'library_name: transformers',
         'tags: [circuit-breakers, representation-rerouting]', '---', f'# {os.path.basename(c.output_dir)}', '',
         f'{c.model_name if hub_id else "A local model"} with circuit breakers (arXiv 2406.04313).', made, '',
-        '| option | value |', '|---|---|', *(f'| {name} | {getattr(c, name)} |' for name in recipe), '',
+        '| option | value |', '|---|---|', *(f'| {name} | {value} |' for name, value in recipe.items()), '',
         '## Evaluation', '', 'Not evaluated yet: run cb_eval.py.', ''])
 
 
@@ -1165,8 +1146,7 @@ if __name__ == '__main__':
 
     # save all of it, under its own name when it is complete
     save_adapter(os.path.join(partial, 'adapter'), loras, model.base_model_prefix, c)
-    packages = ('torch', 'transformers', 'safetensors', 'datasets')
-    versions = {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    versions = {'torch': torch.__version__, 'transformers': transformers.__version__}
     write_json(os.path.join(partial, 'cb_config.json'), {
         **config, 'ranks': world, 'verdict': state['record'].get('verdict', ''), 'versions': versions})
     with open(os.path.join(partial, 'README.md'), 'w', encoding='utf-8') as f:

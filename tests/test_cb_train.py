@@ -1227,7 +1227,7 @@ def test_two_ranks_with_the_model_whole_or_sharded_log_train_and_merge_as_one_pr
         out = tmp_path / name
         assert process.wait(120) == 0, open(f'{out}.stderr').read()[-2000:]
         found = records_of(out)
-        assert len(found) == len(want) == 4 and all(a == pytest.approx(b, rel=1e-5) for a, b in zip(found, want))
+        assert len(found) == len(want) == 4 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(found, want))
         ours, theirs = (load_file(f'{folder}/adapter/adapter_model.safetensors') for folder in (out, tmp_path / 'out'))
         assert ours.keys() == theirs.keys() and all(torch.allclose(ours[key], theirs[key], rtol=0, atol=1e-5) for key in theirs)
         assert all(torch.allclose(tensor, merged[key], rtol=0, atol=1e-5) for key, tensor in tensors_of(out).items())
