@@ -52,7 +52,7 @@ from cb_train import add_lora
 from configurator import configure, fail, fault
 from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, ROW_FILES, LeftOut, checked_text, choose_device, complete,
                        converted, file_rows, first_key, hub_table, hub_trouble, labelled, load_model, load_rows,
-                       load_tokenizer, messages_of, numbered_rows, one_bos, prompt_ids, read_messages, said,
+                       load_tokenizer, messages_of, one_bos, prompt_ids, read_messages, said,
                        template_ids, text_ids, text_under, with_answer)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def behavior_of(row, label='', mixed=False):
     if 'data_type' in row and not own:  # WildJailbreak: the request is the adversarial form or the plain one
         column = row['data_type'].partition('_')[0]
     if 'messages' in row:  # they hold the context, too
-        messages = read_messages(row['messages'], 'messages')
+        messages = read_messages(row, 'messages')
         users = [message['content'] for message in messages if message['role'] == 'user']
         turns = users if len(users) > 1 else []
         if messages[-1]['role'] != 'user':
@@ -220,7 +220,7 @@ def raw_rows(option, source):
         fail(f'{option}: {source} is a folder, a file in it wanted')
     is_file = os.path.isfile(source) or source.endswith(ROW_FILES)
     if is_file or not re.fullmatch(r'[\w.-]+/[\w.-]+', hub_id) or len(named) > 2:
-        return [(f'{source}: row {number}', row) for number, row in file_rows(source)], False
+        return file_rows(source), False
     config, split = HUB_SETS.get(hub_id, [(None, 'train')])[0 if option == 'harmful_path' else -1]
     if named:
         config, split = [config, *named][-2:]
@@ -926,7 +926,7 @@ def read_inputs(c):
     if any(name in FROM_DATA for name in c['attacks']):
         data['harmful'] = first_exchanges(c, 'cb_data_path', HARMFUL_ANSWERS, 'train')
         data['harmless'] = first_exchanges(c, 'retain_data_path', BENIGN_ANSWERS, 'train_sft')
-    val = numbered_rows(c['val_data_path'], labelled) if c['val_data_path'] else []
+    val = load_rows(c['val_data_path'], labelled, option='val_data_path') if c['val_data_path'] else []
     data['val'] = [messages for _, (label, messages) in val if label == 'benign'][:c['num_examples']]
     return rows, data
 

@@ -114,7 +114,7 @@ def test_a_bad_row_is_named_by_file_and_number_and_never_quoted(tmp_path, capsys
     path = tmp_path / 'rows.jsonl'
     path.write_text(text)
     with pytest.raises(SystemExit) as e:
-        data_prep.numbered_rows(str(path))
+        data_prep.load_rows(str(path))
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count('\n') == 1 and str(path) in err and 'SECRET' not in err, err
     assert all(word in err for word in words), err
@@ -123,11 +123,11 @@ def test_a_bad_row_is_named_by_file_and_number_and_never_quoted(tmp_path, capsys
 def test_an_array_and_lines_are_read_alike_with_a_byte_order_mark_and_windows_line_ends(tmp_path):
     (tmp_path / 'a.json').write_bytes('\ufeff[{"prompt": "p",\r\n "response": "r"}]\r\n'.encode())
     (tmp_path / 'b.jsonl').write_bytes(b'{"prompt": "p", "response": "r"}\r\n')
-    (_, a), = data_prep.numbered_rows(str(tmp_path / 'a.json'))
-    (_, b), = data_prep.numbered_rows(str(tmp_path / 'b.jsonl'))
+    (_, a), = data_prep.load_rows(str(tmp_path / 'a.json'))
+    (_, b), = data_prep.load_rows(str(tmp_path / 'b.jsonl'))
     assert a == b == data_prep.turns(('p', 'r'))
     (tmp_path / 'c.jsonl').write_bytes(b'{"prompt": "p", "response": "r"}\r{"prompt": "p", "response": "r"}\r')
-    assert [where[-5:] for where, _ in data_prep.numbered_rows(str(tmp_path / 'c.jsonl'))] == ['row 1', 'row 2']
+    assert [where[-5:] for where, _ in data_prep.load_rows(str(tmp_path / 'c.jsonl'))] == ['row 1', 'row 2']
 
 
 # ---- the shapes that people have ----
@@ -358,7 +358,7 @@ def test_csv_tsv_parquet_and_a_folder_are_read_as_json_is(tmp_path, capsys):
         (tmp_path / name).write_text('\r\n'.join([mark.join(rows[0]), *lines]))
     for name in ('r.parquet', 'r.csv', 'r.tsv'):
         named = [(f'{tmp_path / name}: {where}', row) for where, row in want]
-        assert data_prep.numbered_rows(str(tmp_path / name)) == named
+        assert data_prep.load_rows(str(tmp_path / name)) == named
         assert data_prep.load_rows(str(tmp_path), split=name) == named
     assert len(data_prep.load_rows(str(tmp_path))) == 9
     assert len(data_prep.load_rows(str(tmp_path), limit=4, seed=1)) == 4
