@@ -51,8 +51,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cb_train import add_lora
 from configurator import configure, fail, fault
 from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, ROW_FILES, LeftOut, checked_text, choose_device, complete,
-                       converted, file_rows, first_key, hub_table, hub_trouble, labelled, load_model, load_rows,
-                       load_tokenizer, messages_of, one_bos, prompt_ids, read_messages, said,
+                       converted, file_rows, first_key, hub_table, labelled, load_model, load_rows,
+                       load_tokenizer, messages_of, one_bos, or_fail, prompt_ids, read_messages, said,
                        template_ids, text_ids, text_under, with_answer)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -693,14 +693,11 @@ def judge_harmbench(model, tokenizer, rows, answers, batch_size, max_tokens=512)
 
 def load_judge(path, device='', dtype='auto'):
     """(model, tokenizer) of HarmBench's classifier, without a device the tokenizer alone. One line if it is none."""
-    try:
+    with or_fail(f'judge_model: {path}: not a model that transformers can load', path):
         tokenizer, kind = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path).model_type
         if kind not in HARMBENCH:
             fail(f'judge_model: {path}: a model of type {kind} found, one of {", ".join(HARMBENCH)} wanted')
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True) if device else None
-    except Exception as e:  # transformers' and the hub's are many
-        why = type(e).__name__ if os.path.isdir(path) else hub_trouble(e)
-        fail(f'judge_model: {path}: not a model that transformers can load: {why}')
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model.to(device).eval() if device else None, tokenizer
 

@@ -33,7 +33,8 @@ import types
 import filelock
 
 FENCE = re.compile(r'# -{20,}\n(.*?)^# -{20,}\n', re.S | re.M)
-BOUND, CHOICE = r'[<>]=? -?[\d.]+', r'[\w:.-]+'  # what a comment may begin with
+BOUND, CHOICE = r'[<>]=? -?[\d.]+', r'[\w:.-]+'
+CONSTRAINT = re.compile(rf'({BOUND}(?:, {BOUND})*|{CHOICE}(?: \| {CHOICE})+)(?:: |:?$)')  # a comment may begin with it
 BOUNDS = {'>=': ('at least', operator.ge), '>': ('more than', operator.gt),
           '<=': ('at most', operator.le), '<': ('below', operator.lt)}
 Option = collections.namedtuple('Option', 'name default comment')  # a heading has no name
@@ -128,7 +129,7 @@ def stop_at_signals():
 
 
 def locked(option, partial):
-    """The lock on folder.partial, held by one run at a time. One line and the end if another run has it."""
+    """The lock on folder.partial, held by one run at a time."""
     lock = filelock.FileLock(os.path.join(partial, 'lock'))
     try:
         lock.acquire(timeout=0)
@@ -162,48 +163,38 @@ def kind(default):
 
 
 def checked(value, default):
-    """A Python value as the type of default (1 for a float, 1e3 for an int, 0 for a bool); ValueError if it is none."""
+    """A value as the type of default (1 for a float, 1e3 for an int, 0 for a bool); raises if it is none."""
     if isinstance(default, list) and isinstance(value, (list, tuple, range)):
         return [checked(element, (default or [0])[0]) for element in value]
-    if isinstance(default, bool) and value in (0, 1):
-        return bool(value)
-    if isinstance(default, str) and isinstance(value, str):
-        return value
-    numbers = type(value) in (int, float) and type(default) in (int, float)
-    if numbers and math.isfinite(value) and type(default)(value) == value:
-        return type(default)(value)
-    raise ValueError
+    typed = type(default)(value)
+    if typed != value or value in (math.inf, -math.inf) or isinstance(value, bool) and not isinstance(default, bool):
+        raise ValueError
+    return typed
 
 
 def parsed(text, default):
-    """The text behind --key= as the type of default; ValueError or KeyError if it is none."""
+    """The text behind --key= as a Python value: a text, a list, a bool or a number; ValueError if it is none."""
     if isinstance(default, str):
         return text
-    text = text.strip()
     if isinstance(default, list):
-        parts = re.sub(r'^\[(.*)\]$', r'\1', text).split(',')
+        parts = re.sub(r'^\[(.*)\]$', r'\1', text.strip()).split(',')
         return [parsed(part.strip(' "\''), (default or [0])[0]) for part in parts if part.strip()]
-    if isinstance(default, bool):
-        return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
-    return checked(int(text) if re.fullmatch(r'[+-]?\d+', text) else float(text), default)
+    words = {'true': True, 'false': False}
+    return words[text.lower()] if text.lower() in words else float(text)
 
 
 def check_constraint(name, value, comment):
     """Ends with one line if a value, or an element of it, breaks the constraint that its comment begins with."""
-    constraint = re.match(rf'({BOUND}(?:, {BOUND})*|{CHOICE}(?: \| {CHOICE})+)(?:: |:?$)', comment)
+    constraint = CONSTRAINT.match(comment)
     if not constraint:
         return
-    if constraint[1][0] in '<>':
-        bounds = [part.split() for part in constraint[1].split(', ')]
-        wanted = ' and '.join(f'{BOUNDS[sign][0]} {limit}' for sign, limit in bounds)
-        holds = lambda element: all(BOUNDS[sign][1](element, float(limit)) for sign, limit in bounds)
-    else:
-        choices = constraint[1].split(' | ')
-        wanted = f'{", ".join(choices[:-1])} or {choices[-1]}'
-        pattern = '|'.join(re.sub(r'\bN\b', r'\\d+', re.escape(choice)) for choice in choices)
-        holds = lambda element: re.fullmatch(pattern, str(element))
+    bounds = [part.split() for part in constraint[1].split(', ')] if constraint[1][0] in '<>' else []
+    *choices, last = constraint[1].split(' | ')
+    wanted = ' and '.join(f'{BOUNDS[sign][0]} {limit}' for sign, limit in bounds) or f'{", ".join(choices)} or {last}'
+    pattern = '|'.join(re.sub(r'\bN\b', r'\\d+', re.escape(choice)) for choice in (*choices, last))
     for element in value if isinstance(value, list) else [value]:
-        if not holds(element):
+        in_bounds = all(BOUNDS[sign][1](element, float(limit)) for sign, limit in bounds)
+        if not (in_bounds if bounds else re.fullmatch(pattern, str(element))):
             fail(f'{name}{": " if isinstance(value, list) else "="}{element} found, {wanted} wanted')
 
 
@@ -234,7 +225,7 @@ def file_options(path, defaults, known):
         if name in defaults:
             try:
                 found[name] = checked(value, defaults[name])
-            except (ValueError, OverflowError):
+            except (ValueError, TypeError, OverflowError):
                 fail(f'{path}: {name} = {value!r} found, {kind(defaults[name])} wanted')
     return found
 
@@ -242,16 +233,14 @@ def file_options(path, defaults, known):
 def configure(script, argv):
     """
     {name: value}, the options of a script (its path) in its order: defaults, then the config files in argv, then its
-    --key=value. A mistake is one line and exit status 2; --help prints the options and exits with 0.
+    --key=value. --help prints them.
     """
     rows = options(script)
     defaults = {option.name: option.default for option in rows if option.name}
     known = set(defaults)
     for path in glob.glob(os.path.join(os.path.dirname(os.path.abspath(script)), '*.py')):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError, OSError):  # somebody's own script
             known |= {option.name for option in options(path) if option.name}
-        except (ValueError, SyntaxError, OSError):  # somebody's own script
-            pass
 
     from_files, from_line, arguments, wants_help = {}, {}, list(argv), False
     while arguments:
@@ -265,8 +254,8 @@ def configure(script, argv):
                 fail(f'command line: --{name} has no value; write --{name}=VALUE ({kind(defaults[name])})')
             text = text if equals else arguments.pop(0)
             try:
-                from_line[name] = parsed(text, defaults[name])
-            except (ValueError, KeyError, OverflowError):
+                from_line[name] = checked(parsed(text, defaults[name]), defaults[name])
+            except (ValueError, OverflowError):
                 fail(f'command line: --{name}={text} found, {kind(defaults[name])} wanted')
         else:
             from_files |= file_options(argument, defaults, known)

@@ -122,10 +122,7 @@ def text_under(row, key, empty=True):
 
 
 def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
-    """
-    A row's conversation, the assistant's turn last: its list of messages, or its request ('' in the paper's
-    augmentation) and one of `answers`. LeftOut if it calls tools, ValueError if it has none.
-    """
+    """A row's conversation: its list of messages, or its request and an answer. LeftOut if it calls tools, ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f'a {type(row).__name__} found, an object wanted')
     if listed := first_key(row, MESSAGE_LISTS):
@@ -142,10 +139,7 @@ def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
 
 
 def read_messages(row, key, role=''):
-    """
-    The messages that a row lists under key, with the roles of ROLES; with a `role`, a text there is the one message of
-    it. Raises as messages_of.
-    """
+    """The messages that a row lists under key; if a role is given, a text there is the one message of that role."""
     listed = row.get(key)
     if role and not isinstance(listed, list):
         return [{'role': role, 'content': text_under(row, key, empty=role == 'user')}]
@@ -160,10 +154,8 @@ def read_messages(row, key, role=''):
         if isinstance(content, list):  # in parts, of which all must be text
             parts = [part if isinstance(part, dict) and part.get('type') == 'text' else {} for part in content]
             content = ''.join(text_under(part, 'text') for part in parts)
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f'message {number} wants a "role" of {", ".join(ROLES)}')
-        if not isinstance(content, str) or not content.strip():
-            raise ValueError(f'message {number} wants a "content", a text that is not empty')
+        if not (isinstance(role, str) and role in ROLES and isinstance(content, str) and content.strip()):
+            raise ValueError(f'message {number} wants a "role" of {", ".join(ROLES)} and a text as its "content"')
         messages.append({'role': ROLES[role], 'content': content})
     return messages
 
@@ -291,20 +283,15 @@ HUB_TROUBLES = {  # by what the exception's name and text hold
     '': 'could not be reached or lacks the files: check the network, or name a local copy'}
 
 
-def hub_trouble(error):
-    """Why the hub gave nothing and what to do, of an exception by datasets, huggingface_hub or transformers."""
-    name = type(error).__name__
-    trouble = next(text for held, text in HUB_TROUBLES.items() if re.search(held, f'{name} {error}', re.I))
-    return f'the hub ({name}) {trouble}'
-
-
 @contextlib.contextmanager
 def or_fail(message, local=''):
-    """Ends the program with a message if what runs inside raises; says why the hub does if there is no path `local`."""
+    """Ends the program with a message if what runs inside raises; for what is no path here, with the hub's trouble."""
     try:
         yield
     except Exception as e:  # whatever a library, the hub or the network says
-        fail(f'{message}: {type(e).__name__ if os.path.exists(local) else hub_trouble(e)}')
+        name = type(e).__name__
+        trouble = next(text for held, text in HUB_TROUBLES.items() if re.search(held, f'{name} {e}', re.I))
+        fail(f'{message}: {name if os.path.exists(local) else f"the hub ({name}) {trouble}"}')
 
 
 def hub_table(where, *path, **more):
@@ -409,6 +396,8 @@ def load_tokenizer(model_dir, chat_template='', date=''):
     call = r'strftime_now\(\s*(["\'])(.*?)\1\s*\)'  # transformers lets no function of ours into a template
     try:
         template = open(chat_template, encoding='utf-8').read() if chat_template else tokenizer.get_chat_template()
+        if not template:
+            raise ValueError('it is empty')
         tokenizer.chat_template = re.sub(call, lambda match: repr(day.strftime(match[2])), template)
         prompt_ids(tokenizer, turns(('0', ''))[:1])
     except (OSError, ValueError) as e:
@@ -1026,18 +1015,8 @@ def kitchen_rows(answer, rng):
 # ---- the commands; c: the options as a dict --------------------------------------------------------------------------
 
 
-def output_folder(c, default):
-    """The folder that a command writes."""
-    out = os.path.normpath(c['out'] or default)
-    check_output('out', out, ('circuit_breaker.json',), c['overwrite'], resume=True)
-    return out
-
-
 def write_files(out, files, base=()):
-    """
-    Writes the folder `out` whole, {file name: rows} and, into base/, each of `base`, a model and its tokenizer; prints
-    the counts.
-    """
+    """Writes the folder `out`: {file name: rows} and, into base/, a model and its tokenizer; prints the counts."""
     partial = out + '.partial'
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
@@ -1053,59 +1032,57 @@ def write_files(out, files, base=()):
         print(f'{os.path.join(out, name)}: {len(rows)} rows')
 
 
-def attacks(templates, scenes):
-    """The files of a world's wrappers and of the conversations that begin with its scenes, {file name: rows}."""
-    return {'templates.txt': templates, 'turns.jsonl': [[scene, '{prompt}'] for scene in scenes]}
-
-
-def toy_command(c):
+def toy_command(c, out):
     """Writes the toy world: its rows and its base model."""
-    out, rng = output_folder(c, 'data/toy'), random.Random(c['seed'])
+    rng = random.Random(c['seed'])
     facts = make_world(rng)
-    files = toy_rows(facts, rng, c['response_only']) | attacks(TEMPLATES, SCENES)
+    files = toy_rows(facts, rng, c['response_only'])
+    files |= {'templates.txt': TEMPLATES, 'turns.jsonl': [[scene, '{prompt}'] for scene in SCENES]}
     tokenizer = make_tokenizer()
     model = train_base(facts, tokenizer, rng, c['seed'], c['base_steps'], c['base_batch_size'], c['base_learning_rate'])
     write_files(out, files, (model, tokenizer))
     print(f'{os.path.join(out, "base")}: {model.num_parameters():,} parameters')
 
 
-def kitchen_command(c):
+def kitchen_command(c, out):
     """Writes the kitchen: its rows, answered by the chat model model_name itself."""
-    out = output_folder(c, 'data/kitchen')
     model, tokenizer = load_model(c['model_name'], choose_device('auto'), 'float32', c['chat_template'])
     torch.manual_seed(c['seed'])
 
     def answer(requests, temperature):
         prompts = [prompt_ids(tokenizer, turns((r['asked'], ''))[:1], r['start']) for r in requests]
         return complete(model, tokenizer, prompts, 80, 128, temperature)
-    write_files(out, kitchen_rows(answer, random.Random(c['seed'])) | attacks(KITCHEN_TEMPLATES, KITCHEN_SCENES))
+    files = kitchen_rows(answer, random.Random(c['seed']))
+    files |= {'templates.txt': KITCHEN_TEMPLATES, 'turns.jsonl': [[scene, '{prompt}'] for scene in KITCHEN_SCENES]}
+    write_files(out, files)
 
 
-def measured(tokenizer, name, rows, refused=fail):
-    """[(row, conversation, its length in tokens or, without a tokenizer, in words)] of (where, row), as converted."""
+def measured(c, tokenizer, name, rows, refused=fail):
+    """
+    [(row, conversation)] of [(where, row)], as converted does it; prints how many there are, how long in tokens (words
+    without a tokenizer), and the share longer than max_seq_length.
+    """
     def convert(row):
         messages = messages_of(row)
         text = ' '.join(message['content'] for message in messages)
         return row, messages, len(template_ids(tokenizer, messages) if tokenizer else text.split())
-    return [found for _, found in converted(name, rows, convert, refused)]
+
+    found = [found for _, found in converted(name, tqdm(rows, desc='lengths', disable=None), convert, refused)]
+    lengths, limit = sorted(length for _, _, length in found), c['max_seq_length']
+    if found:
+        longer = sum(length > limit for length in lengths) / len(lengths)
+        print(f'{name}: {len(lengths)} rows, {"tokens" if tokenizer else "words"}: median '
+              f'{statistics.median(lengths):.0f}, 95th percentile {lengths[int(0.95 * (len(lengths) - 1))]}, {longer:.1%} '
+              f'longer than {limit}')
+    return [(row, messages) for row, messages, _ in found]
 
 
-def lengths_line(c, rows):
-    """What is said of measured rows: their number, their lengths, the share longer than max_seq_length."""
-    lengths, limit = sorted(length for _, _, length in rows), c['max_seq_length']
-    unit, longer = 'tokens' if c['model_name'] else 'words', sum(length > limit for length in lengths) / len(lengths)
-    return (f'{len(lengths)} rows, {unit}: median {statistics.median(lengths):.0f}, 95th percentile '
-            f'{lengths[int(0.95 * (len(lengths) - 1))]}, {longer:.1%} longer than {limit}')
-
-
-def recipe_command(c, recipe):
+def recipe_command(c, out):
     """Writes the rows of a real recipe; prints their counts, lengths and the first benign row as the model reads it."""
-    out = output_folder(c, f'data/{recipe}')
     tokenizer = load_tokenizer(c['model_name'], c['chat_template']) if c['model_name'] else None
     files = recipe_rows(c, random.Random(c['seed']))
     for name, rows in files.items():
-        named = [(name, row) for row in rows]
-        print(f'{name}: {lengths_line(c, measured(tokenizer, name, tqdm(named, desc="lengths", disable=None)))}')
+        measured(c, tokenizer, name, [(name, row) for row in rows])
     write_files(out, files)
     for source, count in collections.Counter(row['source'] for row in files['retain.jsonl']).items():
         print(f'{source}: {count} rows')
@@ -1117,19 +1094,19 @@ def recipe_command(c, recipe):
 
 def check_command(c, path):
     """Names every row of a file that cannot be read, or prints how long they are and how many each side can use."""
-    tokenizer, mistakes = load_tokenizer(c['model_name'], c['chat_template']) if c['model_name'] else None, []
-    rows = measured(tokenizer, path, file_rows(path), mistakes.append)
+    tokenizer = load_tokenizer(c['model_name'], c['chat_template']) if c['model_name'] else None
+    mistakes = []
+    rows = measured(c, tokenizer, path, file_rows(path), mistakes.append)
     if mistakes or not rows:
         print('\n'.join(mistakes), file=sys.stderr)
-        fail(f'{path}: {len(mistakes)} bad rows, {len(rows)} good ones')
-    print(f'{path}: {lengths_line(c, rows)}')
+        fail(f'{path}: {len(mistakes)} bad rows, {len(rows)} that can be used')
     for option, answers in (('cb_data_path', HARMFUL_ANSWERS), ('retain_data_path', BENIGN_ANSWERS)):
         side = functools.partial(messages_of, answers=answers)
-        fit = len(converted(path, [(path, row) for row, _, _ in rows], side, refused=lambda line: None))
+        fit = len(converted(path, [(path, row) for row, _ in rows], side, refused=lambda line: None))
         names = '' if fit == len(rows) else f' under {", ".join((*MESSAGE_LISTS, *answers))}'
         print(f'as {option}: {fit} of {len(rows)} rows have an answer{names}')
-    several = sum(len(messages) > 2 for _, messages, _ in rows)
-    bare = sum(not messages[-2]['content'].strip() for _, messages, _ in rows)
+    several = sum(len(messages) > 2 for _, messages in rows)
+    bare = sum(not messages[-2]['content'].strip() for _, messages in rows)
     print(f'{several} of several turns or with a system message, {bare} without a request')
 
 
@@ -1139,6 +1116,7 @@ if __name__ == '__main__':
     names = sorted(name.removesuffix('.py') for name in os.listdir(folder) if name.endswith('.py'))
     recipes = [name for name in names if not name.startswith(('toy', 'kitchen'))]
     command, *arguments = sys.argv[1:] or ['--help']
+    path = arguments.pop(0) if command == 'check' and arguments and not arguments[0].startswith('-') else ''
     if command in ('--help', '-h'):
         arguments = ['--help']
     elif command in ('kitchen', *recipes):
@@ -1146,17 +1124,14 @@ if __name__ == '__main__':
     elif command not in ('toy', 'check'):
         fail(f'command line: {command!r} found, toy, kitchen, check or {", ".join(recipes)} wanted; '
              'see python data_prep.py --help')
-    path = arguments.pop(0) if command == 'check' and arguments and not arguments[0].startswith('-') else ''
     config = configure(__file__, arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if command == 'toy':
-        toy_command(config)
-    elif command == 'kitchen':
-        kitchen_command(config)
-    elif command in recipes:
-        recipe_command(config, command)
-    elif path:
+    if path:
         check_command(config, path)
-    else:
+    elif command == 'check':
         fail('command line: check wants a file: python data_prep.py check FILE')
+    else:
+        folder = os.path.normpath(config['out'] or f'data/{command}')
+        check_output('out', folder, ('circuit_breaker.json',), config['overwrite'], resume=True)
+        {'toy': toy_command, 'kitchen': kitchen_command}.get(command, recipe_command)(config, folder)
