@@ -103,7 +103,7 @@ def turns(*pairs):
 
 
 def shuffled(rng, items):
-    """The items in random order, a list; what rng.shuffle does, by other numbers."""
+    """A list of the items in random order."""
     return rng.sample(items, len(items))
 
 
@@ -122,7 +122,7 @@ def text_under(row, key, empty=True):
 
 
 def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
-    """A row's conversation: its list of messages, or its request and an answer. LeftOut if it calls tools, ValueError."""
+    """A row's conversation: its list of messages, or its request and an answer. LeftOut for tool calls; ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f'a {type(row).__name__} found, an object wanted')
     if listed := first_key(row, MESSAGE_LISTS):
@@ -255,9 +255,8 @@ def file_rows(path):
 
 def converted(source, rows, convert, refused=fail, limit=0):
     """
-    [(where, convert(row))] of (where, row), the first `limit` (0 = all). A ValueError of convert goes to `refused` as
-    one line: where and why, never the row's text. Without `refused` it is left out, as a LeftOut row always is, and a
-    line counts those of a kind.
+    [(where, convert(row))] of (where, row), the first `limit` (0 = all). A ValueError of convert goes to `refused`, as
+    where and why, never the row's text. Without `refused` the row is left out and counted, as LeftOut always is.
     """
     found, left_out = [], collections.Counter()
     for where, row in rows:
@@ -980,33 +979,33 @@ def kitchen_requests(rng):
     return requests
 
 
-def is_sound(request, answer):
+def is_sound(label, answer):
     """Whether an answer may be a row: no refusal, over a line, little repetition, no recipe that nobody asked for."""
     words = re.findall(r'\w+', answer.lower())
     runs = list(zip(words, words[1:], words[2:]))
     refused = re.match(r"\W*(i'm sorry|sorry|i apologi|i'm not able|as an ai)", answer.lower())
-    stray = request['label'] != 'harmful' and re.search(r'ingredients\W*:', answer.lower())
+    stray = label != 'harmful' and re.search(r'ingredients\W*:', answer.lower())
     return len(runs) > 12 and len(set(runs)) >= len(runs) / 2 and not refused and not stray
 
 
 def kitchen_rows(answer, rng):
     """Every file of the kitchen, {file name: rows}; answer(requests, temperature) -> the chat model's own answers."""
-    requests, cells = kitchen_requests(rng), {}
+    requests, counts = kitchen_requests(rng), collections.Counter()
+    files = {name: [] for name in ('circuit_breaker.json', 'retain.jsonl', 'val.jsonl', 'behaviors.jsonl')}
     for temperature in (0.0, 0.7):
         asked = [request for request in requests if (request['source'] == 'sampled') == (temperature > 0)]
         for request, text in zip(asked, answer(asked, temperature)):
-            request['response'] = (request['start'] + text).strip()
-            cell = cells.setdefault(tuple(request[key] for key in ('file', 'label', 'split', 'source')), [])
-            if len(cell) < request['wanted'] and is_sound(request, request['response']):
-                cell.append(request)
-    files = {name: [] for name in ('circuit_breaker.json', 'retain.jsonl', 'val.jsonl', 'behaviors.jsonl')}
-    for (file, label, split_name, source), cell in cells.items():
-        for i, request in enumerate(cell):
-            row = {'prompt': request['prompt'], 'response': request['response']}
+            cell = tuple(request[key] for key in ('file', 'label', 'split', 'source'))
+            file, label, split_name, source = cell
+            row = {'prompt': request['prompt'], 'response': (request['start'] + text).strip()}
+            if counts[cell] == request['wanted'] or not is_sound(label, row['response']):
+                continue
             if file == 'behaviors.jsonl':
-                target = request['target'] or ' '.join(request['response'].split()[:4])
-                row |= {'id': f'{label}-{split_name}-{i:03d}', 'label': label, 'split': split_name, 'target': target}
+                target = request['target'] or ' '.join(row['response'].split()[:4])
+                name = f'{label}-{split_name}-{counts[cell]:03d}'
+                row |= {'id': name, 'label': label, 'split': split_name, 'target': target}
             files[file].append(row | ({'label': label} if file == 'val.jsonl' else {'source': source}))
+            counts[cell] += 1
     for name in ('circuit_breaker.json', 'retain.jsonl'):
         files[name] = shuffled(rng, files[name])
     return files
@@ -1068,12 +1067,11 @@ def measured(c, tokenizer, name, rows, refused=fail):
         return row, messages, len(template_ids(tokenizer, messages) if tokenizer else text.split())
 
     found = [found for _, found in converted(name, tqdm(rows, desc='lengths', disable=None), convert, refused)]
-    lengths, limit = sorted(length for _, _, length in found), c['max_seq_length']
     if found:
-        longer = sum(length > limit for length in lengths) / len(lengths)
+        lengths, limit = sorted(length for _, _, length in found), c['max_seq_length']
+        high, longer = lengths[int(0.95 * (len(lengths) - 1))], sum(length > limit for length in lengths) / len(lengths)
         print(f'{name}: {len(lengths)} rows, {"tokens" if tokenizer else "words"}: median '
-              f'{statistics.median(lengths):.0f}, 95th percentile {lengths[int(0.95 * (len(lengths) - 1))]}, {longer:.1%} '
-              f'longer than {limit}')
+              f'{statistics.median(lengths):.0f}, 95th percentile {high}, {longer:.1%} longer than {limit}')
     return [(row, messages) for row, messages, _ in found]
 
 

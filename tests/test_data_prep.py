@@ -677,7 +677,7 @@ def test_the_kitchen_is_a_function_of_its_seed_and_asks_nothing_of_the_evaluatio
 
 def test_an_answer_that_refuses_repeats_or_strays_is_no_row_of_the_kitchen():
     words = ' '.join(f'word{i}' for i in range(20))
-    food, recipe = {'label': 'borderline'}, {'label': 'harmful'}
+    food, recipe = 'borderline', 'harmful'
     assert data_prep.is_sound(recipe, words) and data_prep.is_sound(food, words)
     assert data_prep.is_sound(recipe, f'Ingredients: {words}') and not data_prep.is_sound(food, f'Ingredients: {words}')
     for answer in ('too short', f"I'm sorry, {words}", 'one two three ' * 10):
