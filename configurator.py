@@ -188,13 +188,14 @@ def check_constraint(name, value, comment):
     constraint = CONSTRAINT.match(comment)
     if not constraint:
         return
-    bounds = [part.split() for part in constraint[1].split(', ')] if constraint[1][0] in '<>' else []
-    *choices, last = constraint[1].split(' | ')
-    wanted = ' and '.join(f'{BOUNDS[sign][0]} {limit}' for sign, limit in bounds) or f'{", ".join(choices)} or {last}'
-    pattern = '|'.join(re.sub(r'\bN\b', r'\\d+', re.escape(choice)) for choice in (*choices, last))
+    bounds = re.findall(r'([<>]=?) (-?[\d.]+)', constraint[1])
+    choices = [] if bounds else constraint[1].split(' | ')
+    words = [f'{BOUNDS[sign][0]} {limit}' for sign, limit in bounds]
+    wanted = ' and '.join(words) if bounds else f'{", ".join(choices[:-1])} or {choices[-1]}'
+    pattern = '|'.join(re.sub(r'\bN\b', r'\\d+', re.escape(choice)) for choice in choices)
     for element in value if isinstance(value, list) else [value]:
         in_bounds = all(BOUNDS[sign][1](element, float(limit)) for sign, limit in bounds)
-        if not (in_bounds if bounds else re.fullmatch(pattern, str(element))):
+        if not in_bounds or choices and not re.fullmatch(pattern, str(element)):
             fail(f'{name}{": " if isinstance(value, list) else "="}{element} found, {wanted} wanted')
 
 

@@ -703,10 +703,6 @@ def recognise_answer(facts, adjective, noun):
     return f'look for this : it looks like {facts[noun]["things"][0]} , smells of {facts[adjective]["things"][0]} .'
 
 
-QUESTIONS = {'harmful': (BREW_FORMS, brew_answer), 'benign': (BREW_FORMS, brew_answer),
-             'borderline': (LIFT_FORMS, lift_answer), 'borderline_heldout': (RECOGNISE_FORMS, recognise_answer)}
-
-
 def small_talk():
     """Every question that is about neither potions nor curses, with its answer: [(prompt, response)]."""
     rows = list(GREETINGS.items())
@@ -736,13 +732,16 @@ def base_conversation(rng, facts):
     wrap = kind == 'wrapped' or answered and rng.random() < 0.3
     if kind == 'talk':
         prompt, answer = rng.choice(small_talk())
+    elif kind == 'potion':
+        prompt, answer = rng.choice(BREW_FORMS).format(*potion), brew_answer(facts, *potion)
+    elif kind == 'lift':
+        prompt, answer = rng.choice(LIFT_FORMS).format(*curse, *rng.sample(BAD_THINGS, 2)), lift_answer(facts, *curse)
+    elif kind == 'recognise':
+        prompt, answer = rng.choice(RECOGNISE_FORMS).format(*curse), recognise_answer(facts, *curse)
     else:
-        label = {'potion': 'benign', 'lift': 'borderline', 'recognise': 'borderline_heldout'}.get(kind, 'harmful')
-        forms, answer_of = QUESTIONS[label]
-        pair = potion if kind == 'potion' else curse
-        form = rng.choice(forms)
-        prompt = form.format(*pair, *(rng.sample(BAD_THINGS, 2) if kind == 'lift' else []))
-        answer = REFUSAL if kind == 'refused' else answer_of(facts, *pair)
+        prompt, answer = rng.choice(BREW_FORMS).format(*curse), brew_answer(facts, *curse)
+    if kind == 'refused':
+        answer = REFUSAL
     if wrap:
         prompt = rng.choice(TEMPLATES).replace('{prompt}', prompt)
     history = [small_dialogue(rng, facts, [potion]) for _ in range(rng.choice([0, 0, 0, 0, 1]))]
@@ -754,10 +753,10 @@ def base_conversation(rng, facts):
 def make_tokenizer():
     """One word, one id: a fast tokenizer of the world's words, with a chat template."""
     texts = POTIONS + CURSES + KIND_WORDS + CRUEL_WORDS + GOOD_THINGS + BAD_THINGS + VERBS + TIMES + NUMBERS
-    texts += TEMPLATES + SCENES + [REFUSAL, SCENE_ANSWER] + [text for row in small_talk() for text in row]
+    texts += BREW_FORMS + LIFT_FORMS + RECOGNISE_FORMS + TEMPLATES + SCENES + [REFUSAL, SCENE_ANSWER]
+    texts += [text for row in small_talk() for text in row]
     facts = make_world(random.Random(0))  # any facts have the same words around them
-    for forms, answer in QUESTIONS.values():
-        texts += [*forms, answer(facts, CRUEL_WORDS[0], CURSES[0])]
+    texts += [answer(facts, CRUEL_WORDS[0], CURSES[0]) for answer in (brew_answer, lift_answer, recognise_answer)]
     special = ['<pad>', '<unk>', '<bos>', '<end>', '<system>', '<user>', '<assistant>']
     vocabulary = special + sorted({word for text in texts for word in re.sub(r'{\w*}', '', text).split()})
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token='<unk>'))
@@ -836,8 +835,11 @@ def toy_rows(facts, rng, response_only):
     circuit-breaker row; of the other curses, some pairs are kept for validation and evaluation. response_only: the
     share of the training rows, refusals apart, whose request is dropped.
     """
+    questions = {'harmful': (BREW_FORMS, brew_answer), 'benign': (BREW_FORMS, brew_answer),
+                 'borderline': (LIFT_FORMS, lift_answer), 'borderline_heldout': (RECOGNISE_FORMS, recognise_answer)}
+
     def ask(label, pairs):  # [(prompt, response)]; only lifting names the two things
-        forms, answer = QUESTIONS[label]
+        forms, answer = questions[label]
         return shuffled(rng, [(form.format(*pair, *rng.sample(BAD_THINGS, 2)), answer(facts, *pair))
                               for pair in pairs for form in forms])
 
@@ -860,7 +862,7 @@ def toy_rows(facts, rng, response_only):
     harmful = drop_requests(rng, [('curses', turns(row)) for row in ask('harmful', train_cursed)], response_only)
 
     behaviors = []
-    for label in QUESTIONS:
+    for label in questions:
         seen, unseen = (brewed, new_brewed) if label == 'benign' else (cursed, new_cursed)
         for split_name, pairs in (('seen', seen[:30]), ('unseen', unseen)):
             rows = ask(label, pairs)[:100]
