@@ -211,7 +211,7 @@ def scrambled_rows(harmful, benign, number, rng):
     for i in range(number):
         where, (*request, answer) = rng.choice(harmful)
         words = answer['content'].split()
-        told, share = shuffled(rng, words), 0.6 * rng.random()
+        told, share = rng.sample(words, len(words)), 0.6 * rng.random()
         if i % 2:
             *request, answer = rng.choice(benign)[1]
             told = [bad if rng.random() < share else word for bad, word in zip(cycle(words), answer['content'].split())]
