@@ -64,9 +64,9 @@ from transformers import AutoConfig, AutoModel
 
 from configurator import (catch_signals, check_output, configure, fail, fault, last_word, locked, publish,
                           stop_at_signals, write_json)
-from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, choose_device, decoder_config, encode, find_model, in_contexts,
-                       labelled, load_rows, load_tokenizer, messages_of, rows_of_run, scrambled_rows, template_ends,
-                       tensor_headers, weight_files)
+from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, broken_row, choose_device, decoder_config, encode, find_model,
+                       in_contexts, inserted, labelled, load_rows, load_tokenizer, messages_of, or_fail,
+                       rows_of_run, scrambled_rows, strange_row, template_ends, tensor_headers, weight_files)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model
@@ -505,7 +505,7 @@ NOT_ON_THE_CARD = ('_path', '_dir', '_name', '_from', '_template', 'rank', 'worl
 PROBE = torch.arange(64).view(2, 32) % 16  # token ids that every vocabulary has
 TRY = 'raise learning_rate, max_steps or schedule_steps'
 
-# ---- other losses, the start, recomputing ----------------------------------------------------------------------------
+# ---- other losses, the start, recomputing, the adversary -------------------------------------------------------------
 
 def random_direction_loss(h, h_lora, mask, layers, direction):
     """|| h' / ||h'|| - u ||, "RandP" in section 4 of the paper; direction u (D,) is a unit vector."""
@@ -595,8 +595,22 @@ def restart(soft, slots, most, seed):
     soft.data[slots] = (size * torch.randn(len(slots), *soft.shape[1:], generator=draw)).to(soft.device)
 
 
-# ---- several ranks ---------------------------------------------------------------------------------------------------
+def with_soft_tokens(rows, words, c, rng):
+    """
+    Yields the harmful Rows of a run, in a share of each step's rows 1 to soft_tokens of `words` (token ids) at the end
+    of the request, where an attack puts its own: what is asked stays in sight. The adversary moves them; so that it can
+    find what undoes the rerouting of this row, the row stays for soft_steps steps. The slots change theirs by turns.
+    """
+    slots, attacked = round(c.soft_contexts * rows_a_step(c)), {}
+    for i, row in enumerate(rows):
+        step, slot = divmod(i, rows_a_step(c))
+        if slot < slots and (step == 0 or step % c.soft_steps == slot * c.soft_steps // slots):
+            tokens = rng.choices(words, k=rng.randint(1, c.soft_tokens))
+            attacked[slot] = inserted(row, row.end, row.end, tokens)._replace(soft=len(tokens), slot=slot)
+        yield attacked.get(slot, row)
 
+
+# ---- several ranks ---------------------------------------------------------------------------------------------------
 
 def summed(tensor):
     """Returns a tensor, by now its sum over the ranks, in place; a process alone has nothing to add."""
@@ -735,11 +749,8 @@ def check_model(model_dir, c):
     if min(c.layers_to_transform, default=0) >= min(c.target_layers) and not c.merge_only:
         fail(f'layers_to_transform={c.layers_to_transform} found, but state {min(c.target_layers)} of target_layers is '
              'the one before all of these blocks, and cannot move')
-    try:
-        with torch.device('meta'):  # the model's shape without its weights
-            model = AutoModel.from_config(truncated_config(model_dir, blocks)[0])
-    except Exception as e:
-        fail(f'{model_dir}: not a model that transformers can build ({type(e).__name__})')
+    with or_fail(f'{model_dir}: not a model that transformers can build', model_dir), torch.device('meta'):
+        model = AutoModel.from_config(truncated_config(model_dir, blocks)[0])  # its shape without its weights
     if not isinstance(getattr(model, 'layers', None), nn.ModuleList):
         fail(f'{model_dir}: {type(model).__name__} keeps its blocks in another way; a decoder with .layers wanted')
     headers, shapes = tensor_headers(model_dir), {}
@@ -889,48 +900,6 @@ def check_options(c):
         fail(f'{ranks_here} ranks and {gpus} GPUs found, a GPU for each rank of a machine wanted')
     if c.fsdp and not dist.is_initialized():
         fail('fsdp=True without ranks found, torchrun --nproc_per_node=N cb_train.py ... wanted')
-
-
-def inserted(row, at, to, ids):
-    """Returns a Row with token ids in place of its own from a place to another; they do not count."""
-    return row._replace(ids=row.ids[:at] + ids + row.ids[to:], mask=row.mask[:at] + [0] * len(ids) + row.mask[to:])
-
-
-def broken_row(row, words, rng):
-    """
-    Returns a Row with 1 to 15 tokens out of place in its answer, mostly near the start: the answer's own or of `words`
-    (token ids), few or many kinds. So begins what a model says that is half rerouted, and behind it the base would go
-    on with the answer: that counts.
-    """
-    first = row.mask.index(1)
-    at = first + int((len(row.ids) - first) * rng.random() ** 2)
-    kinds = rng.choices(rng.choice([row.ids[first:-1] or words, words]), k=rng.choice([1, 2, 4, 12]))
-    strange = rng.choices(kinds, k=rng.randrange(1, 16))
-    return inserted(row, at, at + min(rng.randrange(len(strange) + 1), (len(row.ids) - at) // 2), strange)
-
-
-def strange_row(row, words, rng):
-    """
-    Returns a harmful Row with 1 to 12 of `words` (token ids) before its request, which noise may move: what is strange
-    around a request, as the scene that a jailbreak sets, says nothing of what is told.
-    """
-    at, first = row.noisy[0], rng.choices(words, k=rng.randint(1, 12))
-    return inserted(row, at, at, first)._replace(end=row.end + len(first), noisy=(at, at + len(first)))
-
-
-def with_soft_tokens(rows, words, c, rng):
-    """
-    Yields the harmful Rows of a run, in a share of each step's rows 1 to soft_tokens of `words` (token ids) at the end
-    of the request, where an attack puts its own: what is asked stays in sight. The adversary moves them; so that it can
-    find what undoes the rerouting of this row, the row stays for soft_steps steps. The slots change theirs by turns.
-    """
-    slots, attacked = round(c.soft_contexts * rows_a_step(c)), {}
-    for i, row in enumerate(rows):
-        step, slot = divmod(i, rows_a_step(c))
-        if slot < slots and (step == 0 or step % c.soft_steps == slot * c.soft_steps // slots):
-            tokens = rng.choices(words, k=rng.randint(1, c.soft_tokens))
-            attacked[slot] = inserted(row, row.end, row.end, tokens)._replace(soft=len(tokens), slot=slot)
-        yield attacked.get(slot, row)
 
 
 def load_sets(c, tokenizer):

@@ -453,6 +453,33 @@ def rows_of_run(conversations, count, order_seed, to_row, option):
     return rows
 
 
+def inserted(row, at, to, ids):
+    """Returns a Row with token ids in place of its own from a place to another; they do not count."""
+    return row._replace(ids=row.ids[:at] + ids + row.ids[to:], mask=row.mask[:at] + [0] * len(ids) + row.mask[to:])
+
+
+def broken_row(row, words, rng):
+    """
+    Returns a Row with 1 to 15 tokens out of place in its answer, mostly near the start: the answer's own or of `words`
+    (token ids), few or many kinds. So begins what a model says that is half rerouted, and behind it the base would go
+    on with the answer: that counts.
+    """
+    first = row.mask.index(1)
+    at = first + int((len(row.ids) - first) * rng.random() ** 2)
+    kinds = rng.choices(rng.choice([row.ids[first:-1] or words, words]), k=rng.choice([1, 2, 4, 12]))
+    strange = rng.choices(kinds, k=rng.randrange(1, 16))
+    return inserted(row, at, at + min(rng.randrange(len(strange) + 1), (len(row.ids) - at) // 2), strange)
+
+
+def strange_row(row, words, rng):
+    """
+    Returns a harmful Row with 1 to 12 of `words` (token ids) before its request, which noise may move: what is strange
+    around a request, as the scene that a jailbreak sets, says nothing of what is told.
+    """
+    at, first = row.noisy[0], rng.choices(words, k=rng.randint(1, 12))
+    return inserted(row, at, at, first)._replace(end=row.end + len(first), noisy=(at, at + len(first)))
+
+
 # ---- models: directories in transformers' format, weights in safetensors ---------------------------------------------
 
 
