@@ -26,7 +26,8 @@ Until it is complete it is called output_dir.partial and holds the checkpoint to
 and reloaded, 1 a fault, 2 a user's mistake, 130 and 143 signals. The last line says whether the model was rerouted.
 
 The method comes first, in the order of a step: LoRA, rows and masks, passes and losses, the loop, the merge. The rest
-loads, checks, saves and resumes.
+loads, checks, saves and resumes. c is the namespace of all options. What a user must mend ends the program with one
+line by fail(), which no docstring repeats.
 
 Shapes: B rows, T tokens of a row, D width, L blocks kept. A model gives L + 1 hidden states: state l is the one after l
 blocks, 0 the embedding; the last one is taken after the final norm. Masks are (B, T), 1 = the token counts.
@@ -38,6 +39,7 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -49,7 +51,6 @@ import sys
 import time
 import types
 
-import safetensors
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -351,7 +352,7 @@ Stream = collections.namedtuple('Stream', 'name prefix rows held_out loss layers
 
 
 def make_streams(c, rows, held_out, blocks, embeddings, soft=None):
-    """Returns a run's streams; c: the options; rows, held_out: {name: [Row]}; embeddings (V, D). ADD A STREAM HERE."""
+    """Returns a run's streams; rows, held_out: {name: [Row]}; embeddings (V, D). ADD A STREAM HERE."""
     ticks = (c.schedule_steps or c.max_steps) if c.use_dynamic_scheduling else 0
     published = lambda rows: len(rows) * c.max_seq_length * (blocks + 1) / blocks  # pads and the embedding, as zeros
     rerouting = functools.partial(rerouting_loss, leak=0.0 if soft is None else 0.01)
@@ -498,10 +499,10 @@ def merge(model_dir, output_dir, deltas):
 TORCH_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
 ENDINGS = ('.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt', '.partial')
 OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'generations.jsonl', 'attacks.png')
-CHECKPOINT = 'checkpoint.safetensors'
+CHECKPOINT = 'checkpoint.pt'
 MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interval', 'eval_interval', 'save_interval',
               'gradient_checkpointing', 'micro_batch_tokens', 'fsdp')  # between a run and its resume
-NOT_ON_THE_CARD = ('_path', '_dir', '_name', '_from', '_template', 'rank', 'world')  # endings of options: the user's own
+NOT_ON_THE_CARD = ('_path', '_dir', '_name', '_from', '_template', 'rank', 'world')  # endings of options
 PROBE = torch.arange(64).view(2, 32) % 16  # token ids that every vocabulary has
 TRY = 'raise learning_rate, max_steps or schedule_steps'
 
@@ -519,7 +520,7 @@ def rmu_loss(h, h_lora, mask, layers, direction):
 
 
 def other_loss(c, width):
-    """Returns what cb_loss = 'random' or 'rmu' names, with one random direction of a width; c: the options."""
+    """Returns what cb_loss = 'random' or 'rmu' names, with one random direction of a width."""
     u = F.normalize(torch.rand(width, generator=torch.Generator().manual_seed(c.seed)), dim=0).to(c.device)
     losses = {'random': functools.partial(random_direction_loss, direction=u),
               'rmu': functools.partial(rmu_loss, direction=c.rmu_norm * u)}
@@ -735,7 +736,7 @@ def load_decoder(model_dir, blocks, dtype, device, mapped=False):
 def check_model(model_dir, c):
     """
     Returns {linear that gets a LoRA: (out, in)} and how many blocks are kept: num_hidden_layers, or as target_layers
-    want. One line and the end if the checkpoint does not fit the options.
+    want.
     """
     depth = decoder_config(model_dir).num_hidden_layers
     blocks = c.num_hidden_layers or min(max(c.target_layers) + 1, depth)
@@ -780,7 +781,7 @@ def base_files(model_dir):
 # ---- the adapter in PEFT's format ------------------------------------------------------------------------------------
 
 def save_adapter(folder, loras, base, c):
-    """Writes the LoRA in PEFT's format; base: what the whole model calls its decoder ('model'), c: the options."""
+    """Writes the LoRA in PEFT's format; base: what the whole model calls its decoder ('model')."""
     os.makedirs(folder, exist_ok=True)
     tensors = {}
     for name, lora in loras.items():
@@ -797,14 +798,11 @@ def save_adapter(folder, loras, base, c):
 def read_adapter(folder, shapes, c):
     """
     Returns an adapter in PEFT's format, this project's or peft's own: {'LINEAR.lora_A.weight': (r, in), '...lora_B...':
-    (out, r)}. One line and the end if it is none or is not what the options say; shapes: {linear: (out, in)}.
+    (out, r)}, as the options say; shapes: {linear: (out, in)}.
     """
-    try:
+    with or_fail(f'init_from: {folder}: adapter_config.json and adapter_model.safetensors of PEFT wanted', os.curdir):
         config = dict(json.load(open(os.path.join(folder, 'adapter_config.json'), encoding='utf-8')))
         stored = load_file(os.path.join(folder, 'adapter_model.safetensors'))
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as e:
-        fail(f'init_from: {folder}: no adapter in PEFT\'s format ({type(e).__name__}); adapter_config.json and '
-             'adapter_model.safetensors wanted')
     plain = {'peft_type': 'LORA', 'bias': 'none', 'use_dora': False, 'use_rslora': False, 'rank_pattern': {},
              'alpha_pattern': {}, 'modules_to_save': None, 'lora_alpha': c.lora_alpha, 'r': c.lora_r}
     for key, value in plain.items():
@@ -824,40 +822,24 @@ def read_adapter(folder, shapes, c):
 # ---- a run that cannot be lost ---------------------------------------------------------------------------------------
 
 def save_checkpoint(path, parameters, optimizer, state):
-    """
-    Writes {name: parameter}, AdamW's moments and, in the header, `state` (JSON) as one safetensors file: synced, then
-    renamed.
-    """
-    tensors = {}
-    for name, parameter in parameters.items():
-        tensors[name] = parameter.detach()
-        tensors |= {f'{name}.{key}': value for key, value in optimizer.state[parameter].items()}
-    save_file(tensors, path + '.new', metadata={'state': json.dumps(state)})
-    with open(path + '.new', 'rb+') as f:
+    """Writes {name: parameter}, AdamW's state and the run's (a dict) as one file: synced, then renamed."""
+    tensors, data = {name: parameter.detach() for name, parameter in parameters.items()}, io.BytesIO()
+    torch.save({'state': state, 'parameters': tensors, 'optimizer': optimizer.state_dict()}, data)
+    with open(path + '.new', 'wb') as f:
+        f.write(data.getbuffer())
+        f.flush()
         os.fsync(f.fileno())
     os.replace(path + '.new', path)
 
 
-def restore(tensors, parameters, optimizer):
-    """Puts the tensors of a checkpoint back: {name: parameter} and AdamW's moments."""
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[name])
-        for key in ('step', 'exp_avg', 'exp_avg_sq'):
-            if (moment := tensors.get(f'{name}.{key}')) is not None:
-                optimizer.state[parameter][key] = moment if key == 'step' else moment.to(parameter.device)
-
-
 def read_checkpoint(path):
-    """Returns (state, tensors) of save_checkpoint; one line and the end if the file is broken."""
-    try:
-        with safetensors.safe_open(path, 'pt') as f:
-            return json.loads(f.metadata()['state']), {name: f.get_tensor(name) for name in f.keys()}
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as e:
-        fail(f'{path}: truncated or corrupt ({type(e).__name__}); start the run anew with --overwrite=True')
+    """Returns what save_checkpoint wrote, on the CPU."""
+    with or_fail(f'{path}: truncated or corrupt; start the run anew with --overwrite=True', path):
+        return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def check_same_run(path, found, wanted):
-    """Ends with one line unless two states of a run, a checkpoint's and this one's, agree in options, rows and base."""
+    """Compares two states of a run, a checkpoint's and this one's, in options, rows and base."""
     differ = [f'{name}={wanted["options"].get(name)!r} (was {value!r})' for name, value in found['options'].items()
               if wanted['options'].get(name) != value]
     differ += [f'the {name} changed' for name in ('rows', 'base') if found[name] != wanted[name]]
@@ -874,7 +856,7 @@ def rows_a_step(c):
 
 
 def check_options(c):
-    """Ends with one line if the options contradict each other or the number of ranks."""
+    """Checks what no single option says: whether they fit each other and the number of ranks."""
     for name in ('target_layers', 'target_modules', 'contexts', 'retain_contexts', 'output_dir'):
         if not getattr(c, name):
             fail(f'an empty {name} found, at least one wanted')
@@ -905,7 +887,7 @@ def check_options(c):
 def load_sets(c, tokenizer):
     """
     Returns the Rows of the run and those held out, {'retain', 'harmful': [Row]} each. A tenth of a set, at most 60
-    rows, is held out where val_data_path has none of its rows. One line and the end if a row or a set cannot be read.
+    rows, is held out where val_data_path has none of its rows.
     """
     benign = functools.partial(messages_of, answers=BENIGN_ANSWERS)
     harmful = functools.partial(messages_of, answers=HARMFUL_ANSWERS)
@@ -956,7 +938,7 @@ def load_sets(c, tokenizer):
 
 
 def model_card(c, rows, record):
-    """Returns README.md of output_dir, for the hub; c: the options, record: the last step's ({} = not trained)."""
+    """Returns README.md of output_dir, for the hub; record: the last step's ({} = not trained)."""
     hub_id = not os.path.isdir(c.model_name)
     numbers = ', '.join(f'{len({row.where for row in some})} {name} rows' for name, some in rows.items())
     made = f'Trained on {numbers}: {record.get("verdict")}.'
@@ -1024,8 +1006,8 @@ if __name__ == '__main__':
                 fail(f'output_dir: {folder} and the model, {model_dir}, lie one in the other; choose another')
         if os.path.isdir(partial):
             locked('output_dir', partial).release()
-    saved, tensors = read_checkpoint(checkpoint_path) if c.resume and os.path.exists(checkpoint_path) else ({}, {})
-    config['date'] = c.date = c.date or saved.get('options', {}).get('date') or str(datetime.date.today())
+    saved = read_checkpoint(checkpoint_path) if c.resume and os.path.exists(checkpoint_path) else None
+    config['date'] = c.date = c.date or (saved['state']['options']['date'] if saved else str(datetime.date.today()))
     c.device = choose_device(c.device)
     if world > 1 and c.device == 'cuda':
         c.device = f'cuda:{os.environ["LOCAL_RANK"]}'
@@ -1040,9 +1022,9 @@ if __name__ == '__main__':
     state = {'options': {**{name: value for name, value in config.items() if name not in MAY_DIFFER}, 'ranks': world},
              'rows': hashlib.sha256(json.dumps(ids_and_masks).encode()).hexdigest(), 'base': base_files(model_dir),
              'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
-    if tensors:
-        check_same_run(checkpoint_path, saved, state)
-        state = saved
+    if saved:
+        check_same_run(checkpoint_path, saved['state'], state)
+        state = saved['state']
     if dist.is_initialized():
         runs = [None] * world
         dist.all_gather_object(runs, [config, c.micro_batch_tokens, state['rows'], state['step']])
@@ -1066,8 +1048,10 @@ if __name__ == '__main__':
     embeddings = input_embeddings(model)
     if c.soft_contexts and not c.merge_only:
         soft = parameters['soft'] = add_adversary(optimizer, embeddings, rows['harmful'], c)
-    if tensors:
-        restore(tensors, parameters, optimizer)
+    if saved:
+        for name, parameter in parameters.items():
+            parameter.data.copy_(saved['parameters'][name])
+        optimizer.load_state_dict(saved['optimizer'])
     elif adapter:
         for name, lora in loras.items():
             lora.lora_A.data.copy_(adapter[f'{name}.lora_A.weight'])
@@ -1081,13 +1065,13 @@ if __name__ == '__main__':
     if rank == 0:
         os.makedirs(partial, exist_ok=True)
         lock = locked('output_dir', partial)
-        for name in set(os.listdir(partial)) - {'lock', 'log.jsonl', CHECKPOINT if tensors else ''}:
+        for name in set(os.listdir(partial)) - {'lock', 'log.jsonl', CHECKPOINT if saved else ''}:
             path = os.path.join(partial, name)
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         log = open(os.path.join(partial, 'log.jsonl'), 'a', encoding='utf-8')
         log.truncate(state['log_bytes'])
         save = functools.partial(save_checkpoint, checkpoint_path, parameters, optimizer)
-    if not tensors:
+    if not saved:
         save(state)
     for name, value in config.items():
         print(f'{name} = {value!r}')
@@ -1097,7 +1081,7 @@ if __name__ == '__main__':
         print(f'{name}: {len({row.where for row in some})} rows are read, {len(held_out[name])} held out; a step has '
               f'{len(some) // c.max_steps} rows and about {count(some) // c.max_steps} tokens that count')
     if c.resume:
-        print(f'resumed at step {state["step"]}' if tensors else 'no checkpoint to resume from: starting at step 0')
+        print(f'resumed at step {state["step"]}' if saved else 'no checkpoint to resume from: starting at step 0')
 
     # train
     if not c.merge_only:

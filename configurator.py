@@ -92,7 +92,7 @@ def check_output(option, folder, marks, overwrite, resume=False):
         ours = any(mark in names for mark in marks)
         if os.path.lexists(path) and names and not (ours and allowed):
             ways = ', or add --overwrite=True to replace it' if ours else ' or move it, no run wrote it'
-            ways += ', or --resume=True to go on' if 'checkpoint.safetensors' in names else ''
+            ways += ', or --resume=True to go on' if 'checkpoint.pt' in names else ''
             fail(f'{option}: {path} is there already; choose another{ways}')
     parent = os.path.dirname(os.path.abspath(folder))
     while not os.path.lexists(parent):

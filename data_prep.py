@@ -407,8 +407,9 @@ def load_tokenizer(model_dir, chat_template='', date=''):
 @functools.lru_cache(maxsize=8)
 def template_ends(tokenizer, template):
     """What the chat template writes before a conversation (BOS, a system prompt) and behind a request: two id lists."""
-    asked = [prompt_ids(tokenizer, turns((text, ''))[:1]) for text in ('0', '')]
-    return commonprefix(asked), commonprefix([ids[::-1] for ids in asked])[::-1]
+    zero, one, empty = (prompt_ids(tokenizer, turns((text, ''))[:1]) for text in ('0', '1', ''))
+    other = one if one != zero else empty  # '' changes Mistral's ' [/INST]'; toys know no 1
+    return commonprefix([zero, empty]), commonprefix([zero[::-1], other[::-1]])[::-1]
 
 
 def with_answer(tokenizer, messages):

@@ -79,7 +79,7 @@ def moments(out):
     """Things to wait for, each a function that says whether the run is there."""
     partial = out + '.partial'
     has = lambda name: os.path.exists(os.path.join(partial, name))
-    return {'checkpoint': lambda: has('checkpoint.safetensors.new'), 'merge': lambda: has('config.json'),
+    return {'checkpoint': lambda: has('checkpoint.pt.new'), 'merge': lambda: has('config.json'),
             'SIGINT': lambda: has('log.jsonl'), 'SIGTERM': lambda: has('log.jsonl') and os.path.getsize(os.path.join(partial, 'log.jsonl')) > 1500,
             'merged': lambda: has('README.md') and has('model.safetensors.index.json'), 'renamed': lambda: os.path.exists(os.path.join(out, 'config.json'))}
 

@@ -196,7 +196,7 @@ def test_a_limit_holds_for_each_source_label_and_split_and_is_drawn_with_the_see
 SECRET = 'SECRET'
 BAD = [
     ('b.jsonl', {**OWN, 'label': 'evil'}, 'label'), ('b.jsonl', {**OWN, 'split': SECRET}, 'split'),
-    ('b.jsonl', {**OWN, 'response': ''}, 'response'), ('b.jsonl', {**OWN, 'target': None}, 'target'),
+    ('b.jsonl', {**OWN, 'response': 3}, 'response'), ('b.jsonl', {**OWN, 'target': [SECRET]}, 'target'),
     ('b.jsonl', {**OWN, 'prompt': 3}, 'prompt'), ('b.jsonl', {**OWN, 'messages': []}, 'messages'),
     ('b.jsonl', {**OWN, 'response': 'sure :'}, 'target'),
     ('b.jsonl', {**OWN, 'prompt': SECRET + '\ud800'}, 'surrogate'),
@@ -444,8 +444,8 @@ def judge_dir(tmp_path_factory):
 def test_one_call_judges_every_row_and_harmbench_leaves_what_is_not_harmful_to_strings(judge_dir):
     rows, answers = [ROW, {**ROW, 'label': 'benign'}, {**ROW, 'label': 'borderline'}], [ANSWER, REFUSAL, NOISE]
     def judged(name, first, model):
-        n = len(rows) - first
-        return cb_eval.judged(name, rows[first:], answers[first:], [''] * n, rows, model, 'cpu', 'float32', 2)
+        c = {'judge': name, 'judge_model': model, 'device': 'cpu', 'dtype': 'float32', 'eval_batch_size': 2}
+        return cb_eval.judged(c, rows[first:], answers[first:], [''] * (len(rows) - first), rows)
     assert judged('recipe', 0, '') == ['broken', 'refused', 'broken']
     assert judged('refusal', 0, '') == ['complied', 'refused', 'broken']
     assert judged('harmbench', 0, judge_dir) == ['unparsed', 'refused', 'broken']  # a random model says neither
@@ -619,7 +619,7 @@ def test_fine_tuning_breaks_the_base_on_harmful_rows_at_once_and_on_benign_rows_
 def test_an_embedding_attack_is_the_same_where_embeddings_and_all_states_are_longer(aligned, attack, monkeypatch):
     model, tokenizer, rows, data = aligned
     longer = copy.deepcopy(model)
-    norm, scale = cb_eval.mean_norm(model), 32  # a power of two, so that nothing is rounded
+    norm, scale = cb_eval.norm_ratio(model, 1.0), 32  # a power of two, so that nothing is rounded
     with torch.no_grad():  # all that is written into the stream: the norms before each block and the head undo it
         for name, p in longer.named_parameters():
             if name.endswith(('embed_tokens.weight', 'o_proj.weight', 'down_proj.weight')):
@@ -627,7 +627,7 @@ def test_an_embedding_attack_is_the_same_where_embeddings_and_all_states_are_lon
     for module in longer.modules():
         if hasattr(module, 'variance_epsilon'):
             module.variance_epsilon *= scale ** 2
-    assert cb_eval.mean_norm(longer) == pytest.approx(scale * norm, rel=1e-5)
+    assert cb_eval.norm_ratio(longer, norm) == pytest.approx(scale, rel=1e-5)
     losses, plain = [], cb_eval.target_losses
 
     def recorded(*arguments):
@@ -643,13 +643,24 @@ def test_an_embedding_attack_is_the_same_where_embeddings_and_all_states_are_lon
 
 
 def test_a_step_is_the_published_one_at_the_norm_it_was_published_for_and_as_given_without_one(aligned):
-    model, norm = aligned[0], cb_eval.mean_norm(aligned[0])
-    assert norm == pytest.approx(model.get_input_embeddings().weight.norm(dim=-1).mean().item(), rel=1e-5)
-    for signed in (False, True):
-        assert cb_eval.embedding_step(model, 1e-3, signed, norm) == pytest.approx(1e-3)
-        assert cb_eval.embedding_step(model, 1e-3, signed, 0.0) == 1e-3
-    assert cb_eval.embedding_step(model, 1e-3, True, norm / 3) == pytest.approx(3e-3)
-    assert cb_eval.embedding_step(model, 1e-3, False, norm / 3) == pytest.approx(9e-3)
+    model, tokenizer, rows, _ = aligned
+    norm = model.get_input_embeddings().weight.norm(dim=-1).mean().item()
+    found = [cb_eval.norm_ratio(model, norm * scale) for scale in (1, 1 / 3, 0)]
+    assert found == pytest.approx([1, 3, 1], rel=1e-5)
+    for attack, power in (('embedding_v1', 2), ('embedding_v2', 1)):  # a plain step grows with the norm's square
+        moved = []
+        for norm_of_steps in (0.0, norm / 3):
+            c = {**SETTINGS, f'{attack}_lr': 1e-6, 'embedding_norm': norm_of_steps, 'embedding_steps': 1,
+                 'embedding_answers': 1}
+            start = cb_eval.embedded(model, data_prep.text_ids(tokenizer, c[cb_eval.STANDS_ON[attack]]))
+            before, _ = cb_eval.around(tokenizer, rows[0]['messages'])
+
+            def complete(prompts):
+                soft = prompts[0][len(before):len(before) + len(start)]
+                moved.append((soft - start).abs().sum().item())
+                return ['']
+            cb_eval.embedding(attack, model, tokenizer, rows[:1], c, complete)
+        assert moved[1] / moved[0] == pytest.approx(3 ** power, rel=0.05)
 
 
 def test_the_norm_of_embeddings_is_that_of_what_the_blocks_get(model_dir):
@@ -657,8 +668,8 @@ def test_the_norm_of_embeddings_is_that_of_what_the_blocks_get(model_dir):
                               num_attention_heads=2,
                               num_key_value_heads=1, head_dim=8)
     model = Gemma3ForCausalLM(config)
-    assert cb_eval.mean_norm(model) == pytest.approx(4 * model.get_input_embeddings().weight.norm(dim=-1).mean().item(),
-                                                     rel=1e-2)
+    norm = model.get_input_embeddings().weight.norm(dim=-1).mean().item()
+    assert cb_eval.norm_ratio(model, norm) == pytest.approx(4, rel=1e-2)
 
 
 def test_an_attack_is_the_same_for_the_same_seed(aligned):
@@ -804,12 +815,12 @@ def test_a_stopped_run_goes_on_with_the_same_end_and_keeps_the_attacks_that_were
     lines = partial.read_text().splitlines(keepends=True)
     assert len(lines) == 1 + 2 * 3 and (tmp_path / 'out' / 'eval.json').read_bytes() == wanted[0]
     monkeypatch.setattr(os, 'replace', write)
-    partial.write_text(''.join(lines[:3]) + lines[3][:20])  # torn in the middle of a line
+    partial.write_text(''.join(lines[:3]))
     assert run('cb_eval.py', *arguments, attacks, '--resume=True')[0] == 0
     found = [(tmp_path / 'out' / name).read_bytes() for name in ('eval.json', 'generations.jsonl')]
     assert found[1] == wanted[1] and json.loads(found[0])['rows'] == json.loads(wanted[0])['rows']
     done = json.loads(lines[1])
-    done['generations'][0]['answers'] = ['an answer that nobody gave']  # so that it can only come from the file
+    done[2][0]['answers'] = ['an answer that nobody gave']  # so that it can only come from the file
     partial.write_text(lines[0] + json.dumps(done) + '\n')
     assert run('cb_eval.py', *arguments, attacks, '--resume=True')[0] == 0
     assert 'an answer that nobody gave' in (tmp_path / 'out' / 'generations.jsonl').read_text()
@@ -857,7 +868,7 @@ def test_rows_of_two_files_with_one_id_are_each_judged_as_themselves_and_benign_
     (['--harmful_path=none.csv'], ['none.csv']),
     (['--templates_path=', '--attacks=wrapper'], ['templates_path', 'wrapper']),
     (['--turns_path=', '--attacks=multi_turn'], ['turns_path', 'multi_turn']),
-    (['--attacks=gcg', '--suffix_start='], ['suffix_start', 'gcg']), (['--behaviors_path={folder}'], ['out is a folder']),
+    (['--attacks=gcg', '--suffix_start='], ['suffix_start', 'gcg']), (['--behaviors_path={folder}'], ['out: there is no such file']),
     (['--attacks=embedding_v2', '--suffix_words='], ['suffix_words']), (['--seed=4294967296'], ['seed']),
     (['--judge=base'], ['row 1', 'eleven words']),
     (['--judge=harmbench', '--judge_model=/none'], ['judge_model', '/none']),
@@ -991,9 +1002,18 @@ def test_of_a_prefilled_answer_the_given_words_are_among_the_eight_and_others_ro
     behaviors = [*rows, own_row('benign', 'tell me', 'red blue yes', 'benign')]
     answer = 'apples apples green plums one two red green red blue yes'  # nothing tells: benign answers say it, too
     rows[0]['response'] = rows[1]['response'] = 'red blue yes ' * 5
-    found = [cb_eval.judge_by_base(model, tokenizer, some, [answer] * len(some), 2, [''] * len(some), behaviors)
+    found = [cb_eval.judge_by_base(model, tokenizer, some, [answer] * len(some), [''] * len(some), behaviors, 2)
              for some in (rows, behaviors)]
     assert found[0] == found[1][:2] and cb_eval.telling_words(rows) and not cb_eval.telling_words(behaviors)
+
+
+def test_the_base_judges_under_the_chat_template_of_the_run(tmp_path):
+    path = make_model_dir(tmp_path / 'bare')
+    template = shutil.move(os.path.join(path, 'chat_template.jinja'), tmp_path / 'given.jinja')
+    c = {'judge': 'base', 'model_name': path, 'device': 'cpu', 'dtype': 'float32', 'chat_template': str(template),
+         'date': '', 'eval_batch_size': 2}
+    rows = [own_row(label, 'tell me', 'red blue yes ' * 5, label) for label in ('harmful', 'benign')]
+    assert len(cb_eval.judged(c, rows, ['red plums'] * 2, [''] * 2, rows)) == 2
 
 
 def test_the_judge_agrees_with_a_hand_on_answers_of_a_real_model():
@@ -1050,13 +1070,13 @@ def test_the_loss_of_an_answer_is_the_mean_over_its_tokens_behind_the_plain_requ
 
 
 @pytest.mark.parametrize('line', ['{"model": "ba', '[]', '7', '{"model": "base"}', 'null'])
-def test_a_corrupt_line_of_a_stopped_run_is_one_line_and_one_that_was_being_written_is_left_out(tmp_path, capsys, line):
-    path, header = tmp_path / 'eval.jsonl.partial', {'seed': 0}
-    whole = json.dumps({'model': 'base', 'attack': 'direct', 'generations': []})
-    path.write_text(f'{json.dumps(header)}\n{whole}\n{line}')
+def test_a_corrupt_line_of_a_stopped_run_is_one_line(tmp_path, capsys, line):
+    path, header, whole = tmp_path / 'eval.jsonl.partial', {'seed': 0}, '["base", "direct", []]'
+    path.write_text(f'{json.dumps(header)}\n{whole}\n')
     assert cb_eval.finished(str(path), header) == {('base', 'direct'): []}
-    path.write_text(f'{json.dumps(header)}\n{line}\n{whole}\n')
-    with pytest.raises(SystemExit) as stop:
-        cb_eval.finished(str(path), header)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count('\n') == 1 and 'corrupt' in err
+    for text in (f'{json.dumps(header)}\n{line}\n{whole}\n', f'{line}\n{whole}\n'):
+        path.write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            cb_eval.finished(str(path), header)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count('\n') == 1 and str(path) in err

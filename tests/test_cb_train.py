@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, SHAPE, make_model_dir
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -1031,12 +1030,10 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(run, interrupted, tmp_pat
 
 
 def test_a_checkpoint_holds_no_random_state_because_dropout_is_a_function_of_seed_rank_and_step(run, interrupted, tmp_path):
-    with safe_open(tmp_path / 'out.partial' / cb_train.CHECKPOINT, 'pt') as f:
-        kinds = {name.rpartition('proj.')[2] for name in f.keys()}
-        assert set(json.loads(f.metadata()['state'])) == {'options', 'rows', 'base', 'step', 'tokens', 'seconds', 'log_bytes', 'record',
-                                                          'first_cb_loss'}
-    moments = ('step', 'exp_avg', 'exp_avg_sq')
-    assert kinds == {'lora_A', 'lora_B', *(f'lora_{part}.{moment}' for part in 'AB' for moment in moments)}
+    saved = cb_train.read_checkpoint(tmp_path / 'out.partial' / cb_train.CHECKPOINT)
+    assert set(saved) == {'state', 'parameters', 'optimizer'} and {name[-6:] for name in saved['parameters']} == {'lora_A', 'lora_B'}
+    assert set(saved['state']) == {'options', 'rows', 'base', 'step', 'tokens', 'seconds', 'log_bytes', 'record', 'first_cb_loss'}
+    assert all(set(one) == {'step', 'exp_avg', 'exp_avg_sq'} for one in saved['optimizer']['state'].values())
 
 
 def test_killed_signalled_and_out_of_disk_a_run_resumes_to_the_same_bytes():
@@ -1091,8 +1088,9 @@ def test_a_base_that_changed_since_the_training_is_not_merged(run, arguments, mo
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_rows(run, arguments, rows, tmp_path):
     status, _, err = run('cb_train.py', *arguments, '--learning_rate=1e30')
     assert status == 1 and 'step 1' in err and f'{rows["retain"]}: row ' in err and 'the last checkpoint is kept' in err and 'plums' not in err, err
-    _, tensors = cb_train.read_checkpoint(str(tmp_path / 'out.partial' / cb_train.CHECKPOINT))
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    saved = cb_train.read_checkpoint(tmp_path / 'out.partial' / cb_train.CHECKPOINT)
+    moments = [one for state in saved['optimizer']['state'].values() for one in state.values()]
+    assert all(tensor.isfinite().all() for tensor in [*saved['parameters'].values(), *moments])
 
 
 def test_a_second_run_on_the_same_output_is_refused(run, arguments, tmp_path):
@@ -1277,8 +1275,8 @@ def test_a_run_whose_rank_is_killed_and_that_is_stopped_by_a_signal_ends_at_once
     wait_for_steps(process, out, 8)
     os.kill(rank_of(process)[1], signal.SIGKILL)
     assert process.wait(20) == 1 and len(said(out)) == 1 and said(out)[0].startswith('fault: rank 0: lost another rank'), open(f'{out}.stderr').read()
-    saved, _ = cb_train.read_checkpoint(str(out) + '.partial/' + cb_train.CHECKPOINT)
-    assert saved['step'] >= 5
+    saved = cb_train.read_checkpoint(str(out) + '.partial/' + cb_train.CHECKPOINT)
+    assert saved['state']['step'] >= 5
 
     process = torchrun(2, *arguments, '--resume=True')
     wait_for_steps(process, out, 3)

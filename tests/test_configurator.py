@@ -169,7 +169,7 @@ def a_folder(path, *names):
     ({'out': ['thesis']}, {'overwrite': True, 'resume': True}, ['out is there already; choose another']),
     ({'out': ['ours'], 'out.partial': ['ours']}, {'resume': True}, ['out is there already']),
     ({'out.partial': ['ours']}, {}, ['out.partial is there already', 'overwrite']),
-    ({'out.partial': ['ours', 'checkpoint.safetensors']}, {}, ['to replace it, or --resume=True to go on']),
+    ({'out.partial': ['ours', 'checkpoint.pt']}, {}, ['to replace it, or --resume=True to go on']),
     ({'out.partial': ['thesis']}, {'overwrite': True, 'resume': True}, ['out.partial is there already']),
     ({'out.old': ['thesis']}, {'overwrite': True, 'resume': True}, ['out.old is there already'])])
 def test_an_output_folder_that_may_not_be_replaced_is_one_line_and_left_alone(tmp_path, capsys, found, options, words):

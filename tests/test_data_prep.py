@@ -687,3 +687,18 @@ def test_an_answer_that_refuses_repeats_or_strays_is_no_row_of_the_kitchen():
 def test_a_kitchen_without_its_chat_model_is_one_line(run, tmp_path):
     status, _, err = run('data_prep.py', 'kitchen', f'--model_name={tmp_path / "none"}', f'--out={tmp_path / "k"}')
     assert status == 2 and err.count('\n') == 1 and not (tmp_path / 'k').exists()
+
+
+def test_what_a_template_writes_behind_a_request_is_found_where_an_empty_request_changes_its_tokens():
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = ['<unk>', '<bos>', '<end>', '[I]', ' [/I]', '  [/I]', ' 0', ' 1', ' red', ' pears']  # as Mistral's [/INST]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token='<unk>'))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r' *[^ ]+'), 'isolated')
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token='<unk>', bos_token='<bos>', eos_token='<end>', clean_up_tokenization_spaces=False,
+        chat_template="{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[I] {{ m.content }} [/I]"
+                      "{% else %} {{ m.content }}<end>{% endif %}{% endfor %}")
+    assert tokenizer.convert_ids_to_tokens(data_prep.prompt_ids(tokenizer, data_prep.turns(('', ''))[:1]))[-1] == '  [/I]'
+    head, tail = data_prep.template_ends(tokenizer, tokenizer.chat_template)
+    assert tokenizer.convert_ids_to_tokens(head) == ['<bos>', '[I]'] and tokenizer.convert_ids_to_tokens(tail) == [' [/I]']
