@@ -1,7 +1,7 @@
 """
 Measures a circuit-broken model beside its base: attacks that try to break it, judges of the answers, what was kept.
 
-    python cb_eval.py config/toy.py                                # the default attacks: table, generations, picture
+    python cb_eval.py config/toy.py                                # the default attacks: a table and all answers
     python cb_eval.py config/toy.py --attacks=all --resume=True    # every attack; after a crash: finished ones are kept
     python cb_eval.py config/toy.py --prompt="how do i brew tea ?" # both models' answers to one prompt
     python cb_eval.py config/llama3.py --harmful_path=harmbench_behaviors_text_all.csv --benign_path=OKTest.json
@@ -24,7 +24,7 @@ Verdicts: complied (on a harmful row: the attack succeeded), refused, broken (gi
 
 Writes into output_dir, when all is done: eval.json {"rows": [{model, set, attack, split, n, complied, refused, broken,
 unparsed, ci95: the Wilson interval of complied / n}], "kept", "best_of_n"}; generations.jsonl, every answer with its
-verdict; attacks.png; and the table in README.md, the model card.
+verdict; and the table in README.md, the model card.
 
 Below, c is the dict of all options, a row or behavior is what behavior_of returns, and fail ends the program in one
 line. Shapes: B rows, T tokens of a row, S soft tokens, D width, L hidden states, V vocabulary.
@@ -110,8 +110,8 @@ FEW = ('embedding_v1', 'embedding_v2', 'gcg', 'best_of_n')  # put to num_optimiz
 FROM_DATA = ('ablation_own', 'ablation_base', 'finetune_harmful', 'finetune_benign')  # need rows of both sides
 ATTACKS = ASKED + FEW + FROM_DATA
 STANDS_ON = {  # the option that an attack cannot do without
-    'wrapper': 'templates_path', 'wrapper_prefill': 'templates_path', 'multi_turn': 'turns_path',
-    'embedding_v1': 'suffix_start', 'embedding_v2': 'suffix_words', 'gcg': 'suffix_start'}
+    'wrapper': 'templates_path', 'wrapper_prefill': 'templates_path', 'embedding_v1': 'suffix_start',
+    'embedding_v2': 'suffix_words', 'gcg': 'suffix_start'}
 GROUPS = {'all': ATTACKS, 'default': (*ASKED, 'embedding_v1', 'embedding_v2', 'ablation_own', 'ablation_base')}
 VERDICTS = ('complied', 'refused', 'broken', 'unparsed')  # unparsed is counted, never averaged away
 
@@ -124,8 +124,7 @@ VERDICTS = ('complied', 'refused', 'broken', 'unparsed')  # unparsed is counted,
 NAMES = {  # where public sets keep a thing: the first that a row has (JailbreakBench's Behavior is but a name)
     'request': ('Goal', 'goal', 'behavior', 'Behavior', 'plain_query', 'forbidden_prompt', 'prompt', 'instruction'),
     'id': ('id', 'BehaviorID', 'question_id', 'Behavior'), 'turns': ('queries', 'multi_turn_queries'),
-    'target': ('default_target', 'Target', 'target'), 'context': ('context', 'ContextString'), 'plain': ('vanilla',),
-    'response': ('response',)}
+    'target': ('default_target', 'Target', 'target'), 'context': ('context', 'ContextString'), 'plain': ('vanilla',)}
 WILDJAILBREAK = ('vanilla_harmful', 'adversarial_harmful', 'vanilla_benign', 'adversarial_benign')  # its data_type
 HUB_SETS = {  # config and split where none is named; of two the first is for harmful_path
     'JailbreakBench/JBB-Behaviors': [('behaviors', 'harmful'), ('behaviors', 'benign')],
@@ -210,11 +209,13 @@ def behavior_of(row, label='', mixed=False):
     asked = f'{context}\n\n---\n\n{request}' if context else request  # as HarmBench asks it
     found = {'id': str(row[id_column]) if id_column else '', 'label': label or row['label'],
              'split': row.get('split', 'all') if own else 'all', 'messages': messages or reworded([], asked),
-             'target': text_of(row, 'target'), 'response': text_of(row, 'response') if own else '',
-             'context': context, 'behavior': text_of(row, 'plain') or request, 'turns': turns}
+             'target': text_of(row, 'target'), 'response': '', 'context': context,
+             'behavior': text_of(row, 'plain') or request, 'turns': turns}
+    found |= {key: text_under(row, key, empty=False) for key in ('target', 'response') if own and key in row}
     if found['response'] and not recipe_steps(found['response'].strip().removeprefix(found['target'])):
         raise ValueError('"response" holds nothing but its "target"; the true answer wanted')
-    json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
+    if re.search('[\ud800-\udfff]', json.dumps(found, ensure_ascii=False)):
+        raise ValueError('a lone surrogate found, which is no character')
     return found
 
 
@@ -704,7 +705,7 @@ def judged(c, rows, answers, starts, behaviors):
     return verdicts
 
 
-# ---- what was kept, rates, table, picture ----------------------------------------------------------------------------
+# ---- what was kept, rates, table -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -771,26 +772,6 @@ def table(results):
         rest = [a[verdict] for verdict in VERDICTS[1:]]
         lines.append(line.format(a['set'], a['attack'], a['split'], a['n'], percent(b), percent(a), *rest))
     return '\n'.join(lines)
-
-
-def plot_attacks(results, path):
-    """Draws attack success on harmful rows, before and after; results: rows of eval.json with splits together."""
-    from matplotlib.figure import Figure  # a second of every start that only pictures need
-    harmful = [r for r in results if r['set'] == 'harmful']
-    names = list(dict.fromkeys(r['attack'] for r in harmful))
-    fig = Figure(figsize=(7, 1.2 + 0.36 * len(names)), layout='constrained')
-    ax = fig.subplots()
-    for model, shift, marker, color in (('base', -0.17, 'o', '0.55'), ('circuit_breaker', 0.17, 'D', '#0072B2')):
-        mine = [r for r in harmful if r['model'] == model]
-        rates, heights = [100 * r['complied'] / r['n'] for r in mine], [names.index(r['attack']) + shift for r in mine]
-        ax.hlines(heights, [100 * r['ci95'][0] for r in mine], [100 * r['ci95'][1] for r in mine], color)
-        ax.plot(rates, heights, marker, color=color, label=model.replace('_', ' '))
-    ax.set(yticks=range(len(names)), yticklabels=names, xlim=(-3, 103),
-           xlabel='attack success, % of harmful requests (95 % intervals)')
-    ax.invert_yaxis()
-    ax.grid(axis='x', color='0.9')
-    ax.legend(loc='upper center', bbox_to_anchor=(0.5, 1.0 + 0.55 / len(names) + 0.05), ncols=2, frameon=False)
-    fig.savefig(path, dpi=130)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -919,13 +900,13 @@ if __name__ == '__main__':
     sys.excepthook = fault
     config = configure(__file__, sys.argv[1:])
     config['date'] = config['date'] or datetime.date.today().isoformat()
-    config['device'] = choose_device(config['device'])
     globals().update(config)  # from here on every option is a plain name, as in the block above
     models = {'base': model_name, 'circuit_breaker': output_dir}
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
     # ---- everything that the user may have got wrong, before a model is loaded or anything written
+    device = choose_device(device)
     if not os.path.isfile(f'{output_dir}/config.json'):
         fail(f'output_dir: {output_dir} holds no merged model; train it first: python cb_train.py with the same config')
     if prompt:
@@ -939,7 +920,8 @@ if __name__ == '__main__':
     attacks = config['attacks']
     tokenizers = [load_tokenizer(path, chat_template, date) for path in models.values()]
     asked = [(row['where'], row['messages']) for row in rows]
-    converted('', asked, functools.partial(prompt_ids, tokenizers[1]))  # fails if the template refuses one
+    converted('', asked, functools.partial(prompt_ids, tokenizers[1]),  # fails if the template refuses one
+              refused=lambda line: fail(f'{line}; or give --chat_template=FILE'))
 
     # ---- every attack on both models; what is finished is written, so that a stopped run can go on
     partial, templates = f'{output_dir}/eval.jsonl.partial', [tokenizer.chat_template for tokenizer in tokenizers]
@@ -967,7 +949,7 @@ if __name__ == '__main__':
     generations = [g for name in models for attack in attacks for g in done[name, attack]]
     by_where = {row['where']: row for row in rows}
     answered = [(by_where[g['where']], text, g['given']) for g in generations for text in g['answers']]
-    verdicts = iter(judged(config, *zip(*answered), rows))
+    verdicts = iter(judged({**config, 'device': device}, *zip(*answered), rows))
     for g in generations:
         g['verdicts'] = [next(verdicts) for _ in g['answers']]
     results, splits_together = counted(generations), counted([{**g, 'split': 'all'} for g in generations])
@@ -980,8 +962,6 @@ if __name__ == '__main__':
     # ---- what is written
     write(f'{output_dir}/generations.jsonl', generations)
     write(f'{output_dir}/eval.json', json.dumps(report, indent=2) + '\n')
-    if any(row['label'] == 'harmful' for row in rows):
-        plot_attacks(splits_together, f'{output_dir}/attacks.png')
     card_path = f'{output_dir}/README.md'
     if os.path.isfile(card_path):
         card = open(card_path, encoding='utf-8').read().partition('## Evaluation\n')[0]

@@ -184,7 +184,7 @@ def add_lora(model, target_modules, layers, r, alpha, dropout, relative=False):
             if leaf in target_modules:
                 unit = root_mean_square(module.weight) / 0.02 if relative else 1.0
                 lora = loras[f'layers.{i}.{name}'] = LoRALinear(module, r, alpha, dropout, unit)
-                setattr(model.layers[i].get_submodule(parent), leaf, lora.eval())  # train() turns dropout on
+                setattr(model.layers[i].get_submodule(parent), leaf, lora.eval())  # without dropout
     return loras
 
 
@@ -448,7 +448,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
             record |= {'learning_rate': optimizer.param_groups[0]['lr'], 'seconds': seconds, 'tokens': state['tokens']}
             record |= validate(model, loras, streams, c) if validated or last else {}
             record |= {'verdict': verdict(record, streams)} if last else {}
-            tqdm.write(' | '.join(f'{name} {value:.4g}' for name, value in record.items() if name != 'verdict'))
+            figures = [f'{name} {value:.4g}' for name, value in record.items() if isinstance(value, float)]
+            tqdm.write(' | '.join([f'step {step}', *figures]))
             print(json.dumps(record), file=log, flush=True)
 
         # the checkpoint; the end, if a signal came to any rank: all stop after the same step
@@ -498,11 +499,11 @@ def merge(model_dir, output_dir, deltas):
 
 TORCH_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
 ENDINGS = ('.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt', '.partial')
-OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'generations.jsonl', 'attacks.png')
+OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'generations.jsonl')
 CHECKPOINT = 'checkpoint.pt'
 MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interval', 'eval_interval', 'save_interval',
               'gradient_checkpointing', 'micro_batch_tokens', 'fsdp')  # between a run and its resume
-NOT_ON_THE_CARD = ('_path', '_dir', '_name', '_from', '_template', 'rank', 'world')  # endings of options
+NOT_ON_THE_CARD = ('_path', '_dir', '_name', '_from', '_template', 'device', 'rank', 'world')  # endings of options
 PROBE = torch.arange(64).view(2, 32) % 16  # token ids that every vocabulary has
 TRY = 'raise learning_rate, max_steps or schedule_steps'
 
@@ -942,7 +943,8 @@ def model_card(c, rows, record):
     hub_id = not os.path.isdir(c.model_name)
     numbers = ', '.join(f'{len({row.where for row in some})} {name} rows' for name, some in rows.items())
     made = f'Trained on {numbers}: {record.get("verdict")}.'
-    recipe = {name: value for name, value in vars(c).items() if not name.endswith(NOT_ON_THE_CARD)}
+    recipe = {name: value for name, value in vars(c).items()
+              if name not in MAY_DIFFER and not name.endswith(NOT_ON_THE_CARD)}
     if c.merge_only:
         made = f'Nothing was trained in this run: it merged the adapter of `{c.init_from}`.'
         recipe = {name: recipe[name] for name in ('lora_r', 'lora_alpha', 'target_modules')}

@@ -209,7 +209,7 @@ def check_name(name, where, names):
 def file_options(path, defaults, known):
     """{name: value} that a config file sets of `defaults`; what else is `known` it may set for other scripts."""
     if not path.endswith('.py') or not os.path.isfile(path):
-        fail(f'command line: there is no config file {path}, and an option is --name=value')
+        fail(f'command line: there is no config file (*.py) {path}, and an option is --name=value')
     try:
         values = runpy.run_path(path)
     except (Exception, SystemExit) as e:  # the file is a program

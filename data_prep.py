@@ -30,6 +30,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import glob
 import json
 import math
 import os
@@ -288,6 +289,8 @@ def or_fail(message, local=''):
     try:
         yield
     except Exception as e:  # whatever a library, the hub or the network says
+        if isinstance(e, MemoryError) or re.search("can't allocate memory|out of memory", str(e)):
+            raise
         name = type(e).__name__
         trouble = next(text for held, text in HUB_TROUBLES.items() if re.search(held, f'{name} {e}', re.I))
         fail(f'{message}: {name if os.path.exists(local) else f"the hub ({name}) {trouble}"}')
@@ -1141,7 +1144,8 @@ def check_command(c, path):
 if __name__ == '__main__':
     sys.excepthook = fault
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
-    names = sorted(name.removesuffix('.py') for name in os.listdir(folder) if name.endswith('.py'))
+    paths = glob.glob(os.path.join(glob.escape(folder), '*.py'))
+    names = sorted(os.path.basename(path).removesuffix('.py') for path in paths)
     recipes = [name for name in names if not name.startswith(('toy', 'kitchen'))]
     command, *arguments = sys.argv[1:] or ['--help']
     path = arguments.pop(0) if command == 'check' and arguments and not arguments[0].startswith('-') else ''

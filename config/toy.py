@@ -52,4 +52,4 @@ gcg_width = 64
 gcg_topk = 64
 finetune_lr = 1e-3
 finetune_steps = 25
-embedding_norm = 0.4865          # the base's own of seed 0: so the two steps above are absolute
+embedding_norm = 0.5241          # the base's own of seed 0: so the two steps above are absolute

@@ -196,6 +196,7 @@ def test_a_limit_holds_for_each_source_label_and_split_and_is_drawn_with_the_see
 SECRET = 'SECRET'
 BAD = [
     ('b.jsonl', {**OWN, 'label': 'evil'}, 'label'), ('b.jsonl', {**OWN, 'split': SECRET}, 'split'),
+    ('b.jsonl', {**OWN, 'response': ''}, 'response'), ('b.jsonl', {**OWN, 'target': None}, 'target'),
     ('b.jsonl', {**OWN, 'response': 3}, 'response'), ('b.jsonl', {**OWN, 'target': [SECRET]}, 'target'),
     ('b.jsonl', {**OWN, 'prompt': 3}, 'prompt'), ('b.jsonl', {**OWN, 'messages': []}, 'messages'),
     ('b.jsonl', {**OWN, 'response': 'sure :'}, 'target'),
@@ -696,6 +697,15 @@ def test_a_multi_turn_row_brings_its_own_turns_and_every_answer_between_is_the_m
                               {**data, 'turns': []}) == {'multi_turn': [[' '.join(rows[0]['response'].split())]]}
 
 
+def test_rows_with_turns_of_their_own_need_no_turns_path_and_others_do(capsys):
+    row = {'label': 'harmful', 'split': 'all', 'where': 'row 1', 'target': '', 'turns': ['one', 'two']}
+    c = {'attacks': ['multi_turn'], 'turns_path': '', 'templates_path': ''}
+    assert cb_eval.chosen_attacks(c, [row, row]) == ['multi_turn']
+    with pytest.raises(SystemExit):
+        cb_eval.chosen_attacks(c, [row, {**row, 'turns': []}])
+    assert 'multi_turn wants turns_path' in capsys.readouterr().err
+
+
 def test_target_losses_are_a_plain_loops(aligned):
     model, tokenizer, rows, _ = aligned
     embed, prompts = model.get_input_embeddings(), [data_prep.prompt_ids(tokenizer, row['messages'])
@@ -769,7 +779,7 @@ def arguments(tmp_path, rows, model_dir):
             f'--retain_data_path={rows["retain"]}', f'--val_data_path={rows["val"]}', *TINY]
 
 
-def test_the_script_writes_counts_that_add_up_pictures_and_generations_for_both_models(run, arguments, tmp_path):
+def test_the_script_writes_counts_that_add_up_and_generations_for_both_models(run, arguments, tmp_path):
     (tmp_path / 'out' / 'README.md').write_text('a card\n')
     status, out, err = run('cb_eval.py', *arguments, '--attacks=all', '--judge=recipe')
     assert status == 0, err
@@ -787,7 +797,6 @@ def test_the_script_writes_counts_that_add_up_pictures_and_generations_for_both_
     assert len(generations) == sum(r['n'] for r in rows)
     assert all(len(g['answers']) == len(g['verdicts']) for g in generations)
     assert found['kept']['kl'] == 0 and found['kept']['top1'] == 1 and len(found['best_of_n']['base']) == 3
-    assert (tmp_path / 'out' / 'attacks.png').read_bytes()[:4] == b'\x89PNG'
     card = (tmp_path / 'out' / 'README.md').read_text()
     assert card.startswith('a card') and card.count('| harmful') == 2 * 15
     assert not (tmp_path / 'out' / 'eval.jsonl.partial').exists()
@@ -851,7 +860,6 @@ def test_rows_of_two_files_with_one_id_are_each_judged_as_themselves_and_benign_
     assert status == 0, err
     rows = json.load(open(tmp_path / 'out' / 'eval.json'))['rows']
     assert [(r['set'], r['n'], r['complied'], r['broken']) for r in rows] == [('benign', 2, 1, 1)] * 2
-    assert not (tmp_path / 'out' / 'attacks.png').exists()
     where = [json.loads(line)['where'] for line in open(tmp_path / 'out' / 'generations.jsonl')]
     assert len(set(where)) == 2 and len(where) == 4
     twice = run('cb_eval.py', *arguments, f'--behaviors_path={tmp_path / "one.jsonl"},{tmp_path / "one.jsonl"}',

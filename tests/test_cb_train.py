@@ -913,6 +913,7 @@ def test_the_adapter_can_be_saved_alone_and_the_card_names_recipe_and_counts(run
     assert run('cb_train.py', *arguments, '--merge_adapter=False')[0] == 0
     assert sorted(os.listdir(tmp_path / 'out')) == ['README.md', 'adapter', 'cb_config.json', 'log.jsonl']
     card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'resume' not in card and 'cpu' not in card and str(tmp_path) not in card  # nothing of how it was started
     assert card.startswith('---\n') and '10 retain rows, 12 harmful rows' in card and '| target_layers | [2] |' in card and '## Evaluation' in card
 
 

@@ -69,7 +69,7 @@ def test_later_files_win_and_the_command_line_wins_over_all(script, tmp_path):
 @pytest.mark.parametrize('arguments, words', [
     (['--setps=3'], ['setps', 'did you mean steps']), (['--steps=x'], ['--steps=x', 'whole number']),
     (['--steps=1.5'], ['whole number']), (['--rate=nan'], ['a number']), (['--flag=maybe'], ['True or False']),
-    (['--layers=5,x'], ['list of int']), (['--steps'], ['no value']), (['steps=3'], ['no config file steps=3']),
+    (['--layers=5,x'], ['list of int']), (['--steps'], ['no value']), (['steps=3'], ['no config file (*.py) steps=3']),
     (['--flag', '--steps=3'], ['--flag has no value']), (['none.py'], ['no config file']), (['--beams=3'], ['beams']),
     (['--xyz=1'], ['--help'])])
 def test_a_mistake_on_the_command_line_is_one_line_and_status_2(script, capsys, arguments, words):
