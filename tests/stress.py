@@ -70,8 +70,9 @@ def outcome(out):
                 data = [{k: v for k, v in json.loads(line).items() if k != 'seconds'} for line in data.splitlines()]
             if name == 'cb_config.json':
                 data = {k: v for k, v in json.loads(data).items() if k not in ('resume', 'output_dir', 'overwrite')}
+            if name == 'README.md':  # its title is the directory's name
+                data = re.sub(rb'(?m)^# .*', b'', data)
             found[os.path.relpath(path, out)] = data
-    found.pop('README.md')  # names the directory
     return found
 
 
