@@ -184,7 +184,7 @@ def add_lora(model, target_modules, layers, r, alpha, dropout, relative=False):
             if leaf in target_modules:
                 unit = root_mean_square(module.weight) / 0.02 if relative else 1.0
                 lora = loras[f'layers.{i}.{name}'] = LoRALinear(module, r, alpha, dropout, unit)
-                setattr(model.layers[i].get_submodule(parent), leaf, lora.eval())  # without dropout
+                setattr(model.layers[i].get_submodule(parent), leaf, lora)
     return loras
 
 

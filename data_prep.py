@@ -72,8 +72,8 @@ model_name = ''       # whose tokenizer counts the tokens ['' = count words]
 chat_template = ''    # a file with the chat template ['' = the tokenizer's own]
 max_seq_length = 512  # >= 1: for the share of rows that cb_train.py would cut
 # the toy world's base model
-base_steps = 500      # >= 1: training steps
-base_batch_size = 32  # >= 1: conversations a step
+base_steps = 400      # >= 1: training steps
+base_batch_size = 64  # >= 1: conversations a step
 base_learning_rate = 3e-3     # > 0: at its highest
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -833,8 +833,8 @@ def train_base(facts, tokenizer, rng, seed, steps, batch_size, learning_rate):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate * min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         total = 0.0
-        for i in range(0, batch_size, 16):  # rows of one length together: hardly any padding
-            ids, labels = zip(*batch[i:i + 16])
+        for i in range(0, batch_size, 8):  # rows of one length together: hardly any padding
+            ids, labels = zip(*batch[i:i + 8])
             ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, T)
             labels = pad_sequence(labels, batch_first=True, padding_value=-100)  # (B, T)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # (B, T - 1, V); pads come last: no mask

@@ -33,7 +33,6 @@ max_steps = 300
 batch_size = 16
 lora_r = 64
 lora_alpha = 64
-lora_dropout = 0.0               # half of a step on a CPU was its random numbers
 micro_batch_tokens = 2048        # all 16 rows in one pass: they are short
 
 # the evaluation: answers are scored exactly; a small model's embeddings want larger steps, and fewer of them
@@ -52,4 +51,4 @@ gcg_width = 64
 gcg_topk = 64
 finetune_lr = 1e-3
 finetune_steps = 25
-embedding_norm = 0.5241          # the base's own of seed 0: so the two steps above are absolute
+embedding_norm = 0.4865          # the base's own of seed 0: so the two steps above are absolute

@@ -151,8 +151,6 @@ def ours(shape, rows, device, dropout=LORA['dropout'], source=None):
     if source:
         adopt(model, source)
     loras = cb_train.add_lora(model, MODULES, range(blocks), LORA['r'], LORA['alpha'], dropout)
-    for lora in loras.values():
-        lora.train()  # with dropout, as the other's
     parameters = [p for lora in loras.values() for p in (lora.lora_A, lora.lora_B)]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     sets = dict(zip(('retain', 'harmful'), rows))

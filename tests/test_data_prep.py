@@ -341,7 +341,7 @@ def test_check_names_every_bad_row_and_reports_the_lengths_of_a_good_file(run, m
 
 @pytest.mark.parametrize('arguments, status, words', [
     (['--help'], 0, 'any config/NAME.py'), (['check', '--help'], 0, '--max_seq_length=512'),
-    ([], 0, '--base_steps=500'), (['toy', '--help'], 0, '--seed=0'), (['check'], 2, 'check wants a file'),
+    ([], 0, '--base_steps=400'), (['toy', '--help'], 0, '--seed=0'), (['check'], 2, 'check wants a file'),
     (['chek'], 2, 'toy, kitchen, check or gemma3'), (['toy_world'], 2, 'wanted')])
 def test_the_first_word_is_a_command_or_one_line_says_which_there_are(run, arguments, status, words):
     found, out, err = run('data_prep.py', *arguments)
