@@ -51,10 +51,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cb_train import add_lora
 from configurator import configure, fail, fault
-from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, ROW_FILES, LeftOut, choose_device, complete, converted,
-                       file_rows, first_key, hub_table, labelled, load_model, load_rows, load_tokenizer, messages_of,
-                       one_bos, or_fail, prompt_ids, read_messages, said, template_ids, text_ids, text_under,
-                       with_answer)
+from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, ROW_FILES, LeftOut, check_unicode, choose_device, complete,
+                       converted, file_rows, first_key, hub_table, labelled, load_model, load_rows, load_tokenizer,
+                       messages_of, one_bos, or_fail, prompt_ids, read_messages, said, template_ids, text_ids,
+                       text_under, with_answer)
 
 # ----------------------------------------------------------------------------------------------------------------------
 model_name = 'meta-llama/Meta-Llama-3-8B-Instruct'  # the base: a model directory or a hub id
@@ -214,8 +214,7 @@ def behavior_of(row, label='', mixed=False):
     found |= {key: text_under(row, key, empty=False) for key in ('target', 'response') if own and key in row}
     if found['response'] and not recipe_steps(found['response'].strip().removeprefix(found['target'])):
         raise ValueError('"response" holds nothing but its "target"; the true answer wanted')
-    if re.search('[\ud800-\udfff]', json.dumps(found, ensure_ascii=False)):
-        raise ValueError('a lone surrogate found, which is no character')
+    check_unicode(json.dumps(found, ensure_ascii=False), 'the row')
     return found
 
 
@@ -665,7 +664,7 @@ def judge_harmbench(model, tokenizer, rows, answers, batch_size, max_tokens=512)
 
 def load_judge(path, device='', dtype='auto'):
     """(model, tokenizer) of HarmBench's classifier, without a device the tokenizer alone."""
-    with or_fail(f'judge_model: {path}: not a model that transformers can load', path):
+    with or_fail(f'judge_model: {path}: not a model that transformers can load', not os.path.isdir(path)):
         tokenizer, kind = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path).model_type
         if kind not in HARMBENCH:
             fail(f'judge_model: {path}: a model of type {kind} found, one of {", ".join(HARMBENCH)} wanted')

@@ -448,8 +448,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
             record |= {'learning_rate': optimizer.param_groups[0]['lr'], 'seconds': seconds, 'tokens': state['tokens']}
             record |= validate(model, loras, streams, c) if validated or last else {}
             record |= {'verdict': verdict(record, streams)} if last else {}
-            figures = [f'{name} {value:.4g}' for name, value in record.items() if isinstance(value, float)]
-            tqdm.write(' | '.join([f'step {step}', *figures]))
+            shown = [f'{name} {value:.4g}' for name, value in record.items() if isinstance(value, float)]
+            tqdm.write(' | '.join([f'step {step}', *shown]))
             print(json.dumps(record), file=log, flush=True)
 
         # the checkpoint; the end, if a signal came to any rank: all stop after the same step
@@ -751,7 +751,7 @@ def check_model(model_dir, c):
     if min(c.layers_to_transform, default=0) >= min(c.target_layers) and not c.merge_only:
         fail(f'layers_to_transform={c.layers_to_transform} found, but state {min(c.target_layers)} of target_layers is '
              'the one before all of these blocks, and cannot move')
-    with or_fail(f'{model_dir}: not a model that transformers can build', model_dir), torch.device('meta'):
+    with or_fail(f'{model_dir}: not a model that transformers can build'), torch.device('meta'):
         model = AutoModel.from_config(truncated_config(model_dir, blocks)[0])  # its shape without its weights
     if not isinstance(getattr(model, 'layers', None), nn.ModuleList):
         fail(f'{model_dir}: {type(model).__name__} keeps its blocks in another way; a decoder with .layers wanted')
@@ -801,7 +801,7 @@ def read_adapter(folder, shapes, c):
     Returns an adapter in PEFT's format, this project's or peft's own: {'LINEAR.lora_A.weight': (r, in), '...lora_B...':
     (out, r)}, as the options say; shapes: {linear: (out, in)}.
     """
-    with or_fail(f'init_from: {folder}: adapter_config.json and adapter_model.safetensors of PEFT wanted', os.curdir):
+    with or_fail(f'init_from: {folder}: adapter_config.json and adapter_model.safetensors of PEFT wanted'):
         config = dict(json.load(open(os.path.join(folder, 'adapter_config.json'), encoding='utf-8')))
         stored = load_file(os.path.join(folder, 'adapter_model.safetensors'))
     plain = {'peft_type': 'LORA', 'bias': 'none', 'use_dora': False, 'use_rslora': False, 'rank_pattern': {},
@@ -835,7 +835,7 @@ def save_checkpoint(path, parameters, optimizer, state):
 
 def read_checkpoint(path):
     """Returns what save_checkpoint wrote, on the CPU."""
-    with or_fail(f'{path}: truncated or corrupt; start the run anew with --overwrite=True', path):
+    with or_fail(f'{path}: truncated or corrupt; start the run anew with --overwrite=True'):
         return torch.load(path, map_location='cpu', weights_only=True)
 
 

@@ -59,10 +59,16 @@ def fail(message):
     sys.exit(2)
 
 
+def out_of_memory(error):
+    """Whether an exception, torch's or Python's own, says that a device or the machine has no memory left."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError'
+    return named or re.search("can't allocate memory|out of memory", str(error)) is not None
+
+
 def fault(kind, error, trace):
     """A sys.excepthook: one line for what the machine does to a run, a traceback for a bug; the exit status is 1."""
     text = str(error.args[0][0][2] if issubclass(kind, shutil.Error) else error)  # copytree gathers one error a file
-    if kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError) or "can't allocate memory" in text:
+    if out_of_memory(error):
         line = ('out of memory: set gradient_checkpointing=True or lower micro_batch_tokens, and go on with '
                 '--resume=True; or lower max_seq_length; for cb_eval.py, eval_batch_size')
     elif issubclass(kind, OSError) or kind.__name__ == 'SafetensorError':

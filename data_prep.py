@@ -54,7 +54,7 @@ from tqdm import tqdm
 from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig,
                           LlamaForCausalLM, PreTrainedTokenizerFast)
 
-from configurator import check_output, configure, fail, fault, publish
+from configurator import check_output, configure, fail, fault, out_of_memory, publish
 
 # ----------------------------------------------------------------------------------------------------------------------
 out = ''              # the folder to write ['' = data/toy, data/kitchen, data/NAME]
@@ -172,15 +172,15 @@ def conversation(messages):
         joined.pop()
     if not re.fullmatch('(system )?(user assistant )+', ''.join(f'{message["role"]} ' for message in joined)):
         raise ValueError('user and assistant in turn wanted, the assistant last (a system message may come first)')
-    return checked_text(joined)
+    for number, message in enumerate(joined, 1):
+        check_unicode(message['content'], f'message {number}')
+    return joined
 
 
-def checked_text(messages):
-    """The messages themselves; ValueError if a content is no Unicode text (JSON can hold half of a surrogate pair)."""
-    for number, message in enumerate(messages, 1):
-        if re.search('[\ud800-\udfff]', message['content']):
-            raise ValueError(f'message {number} holds a lone surrogate, which is no character')
-    return messages
+def check_unicode(text, what):
+    """Raises ValueError, which says what it is, if a text is no Unicode: JSON can hold half of a surrogate pair."""
+    if re.search('[\ud800-\udfff]', text):
+        raise ValueError(f'{what} holds a lone surrogate, which is no character')
 
 
 def labelled(row):
@@ -284,21 +284,21 @@ HUB_TROUBLES = {  # by what the exception's name and text hold
 
 
 @contextlib.contextmanager
-def or_fail(message, local=''):
-    """Ends the program with a message if what runs inside raises; for what is no path here, with the hub's trouble."""
+def or_fail(message, from_hub=False):
+    """Ends the program with a message and why, in the hub's case with what to do, if what runs inside raises."""
     try:
         yield
     except Exception as e:  # whatever a library, the hub or the network says
-        if isinstance(e, MemoryError) or re.search("can't allocate memory|out of memory", str(e)):
+        if out_of_memory(e):
             raise
         name = type(e).__name__
         trouble = next(text for held, text in HUB_TROUBLES.items() if re.search(held, f'{name} {e}', re.I))
-        fail(f'{message}: {name if os.path.exists(local) else f"the hub ({name}) {trouble}"}')
+        fail(f'{message}: {f"the hub ({name}) {trouble}" if from_hub else name}')
 
 
 def hub_table(where, *path, **more):
     """A hub's set by datasets.load_dataset(*path, **more); `where` begins the line that says why it cannot be had."""
-    with or_fail(f'{where}: there is no such file or folder'):
+    with or_fail(f'{where}: there is no such file or folder', from_hub=True):
         import datasets  # takes a second, and few need it
         return datasets.load_dataset(*path, **more)
 
@@ -389,7 +389,7 @@ def load_tokenizer(model_dir, chat_template='', date=''):
     A model's tokenizer, with the chat template of a file if one is named. Where a template writes today's date, as
     Llama-3.1's, it writes `date` (2025-01-31; '' = the day of this call), as the tokens of a run must not change.
     """
-    with or_fail(f'model_name: {model_dir}: no tokenizer that transformers can load', model_dir):
+    with or_fail(f'model_name: {model_dir}: no tokenizer that transformers can load', not os.path.isdir(model_dir)):
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
     try:
         day = datetime.date.fromisoformat(date) if date else datetime.date.today()
@@ -494,7 +494,7 @@ def find_model(model_name):
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', model_name):
         fail(f'model_name={model_name}: there is no such directory, and it is no hub id')
     others = [f'*.{end}' for end in 'bin pt pth gguf h5 msgpack onnx ckpt'.split()] + ['original/*', 'consolidated*']
-    with or_fail(f'model_name={model_name}: there is no such directory'):
+    with or_fail(f'model_name={model_name}: there is no such directory', from_hub=True):
         return huggingface_hub.snapshot_download(model_name, ignore_patterns=others)
 
 
@@ -502,7 +502,7 @@ def weight_files(model_dir):
     """The names of a model's safetensors files, all in model_dir itself."""
     index, names = os.path.join(model_dir, 'model.safetensors.index.json'), ['model.safetensors']
     if os.path.exists(index):
-        with or_fail(f'{index}: no whole index of safetensors files', index):
+        with or_fail(f'{index}: no whole index of safetensors files'):
             names = sorted(set(json.load(open(index, encoding='utf-8'))['weight_map'].values()))
     for name in names:
         if os.path.basename(str(name)) != name or not os.path.isfile(os.path.join(model_dir, name)):
@@ -515,7 +515,7 @@ def tensor_headers(model_dir):
     tensors = {}
     for name in weight_files(model_dir):
         path = os.path.join(model_dir, name)
-        with or_fail(f'{path}: truncated or corrupt, a whole safetensors file wanted', path):
+        with or_fail(f'{path}: truncated or corrupt, a whole safetensors file wanted'):
             with safetensors.safe_open(path, 'pt'), open(path, 'rb') as f:  # safe_open refuses what is not whole
                 start = 8 + int.from_bytes(f.read(8), 'little')
                 header = json.loads(f.read(start - 8))
@@ -528,7 +528,7 @@ def tensor_headers(model_dir):
 
 def decoder_config(model_dir):
     """The config of a causal decoder that can be trained and merged."""
-    with or_fail(f'{model_dir}: no config.json of a model that transformers knows', model_dir):
+    with or_fail(f'{model_dir}: no config.json of a model that transformers knows'):
         config = AutoConfig.from_pretrained(model_dir)
     if getattr(config, 'quantization_config', None):
         fail(f'{model_dir}: the checkpoint is quantised; the merge needs the original weights')
@@ -555,7 +555,7 @@ def load_model(path, device, dtype, chat_template='', date=''):
     """(model, tokenizer), frozen and on the device, by plain transformers."""
     tokenizer = load_tokenizer(path, chat_template, date)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    with or_fail(f'{path}: no model in safetensors that transformers can load', path):
+    with or_fail(f'{path}: no model in safetensors that transformers can load'):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     if device == 'cpu' and model.dtype != torch.float32:
         model.set_attn_implementation('eager')  # sdpa's backward pass is slow there

@@ -78,6 +78,25 @@ def run_script(script):
     return 0
 
 
+def fork_script(arguments, stdout, stderr, prepare=lambda: None):
+    """
+    Runs cb_train.py in a fork of this process, which has imported everything already, after prepare(); what it prints goes to two files.
+    Returns its process id.
+    """
+    child, status = os.fork(), 99
+    if child:
+        return child
+    try:
+        prepare()
+        for number, path in ((1, stdout), (2, stderr)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = (open(number, 'w', buffering=1, closefd=False) for number in (1, 2))
+        sys.argv = ['cb_train.py', *arguments]
+        status = run_script('cb_train.py')
+    finally:
+        os._exit(status)
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run('cb_train.py', '--max_steps=3', ...) as on the command line, in this process: (exit status, stdout, stderr)."""

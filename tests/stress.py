@@ -31,26 +31,15 @@ import tqdm
 
 def start(arguments, room=None):
     """
-    Runs cb_train.py in a fork of this process, which has imported everything already, its errors written to the last argument.
-    With room, no file of it may be larger than so many bytes. Returns its process id.
+    Runs cb_train.py in a fork of this process, its errors written to the last argument. With room, no file of it may be larger than so
+    many bytes. Returns its process id.
     """
-    child, status = os.fork(), 99
-    if child:
-        return child
-    try:
+    def prepare():
         tqdm.tqdm.set_lock(threading.RLock())  # its own is one semaphore of all forks: a child killed with it in hand would stop the others
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the script has its handler
         if room is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        error = os.open(arguments[-1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(error, 2)
-        sys.argv = ['cb_train.py', *arguments[:-1]]
-        status = conftest.run_script('cb_train.py')
-        sys.stderr.flush()
-    finally:
-        os._exit(status)
+    return conftest.fork_script(arguments[:-1], os.devnull, arguments[-1], prepare)
 
 
 def ended(child):

@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import filelock
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHAPE, make_model_dir, run_script
+from conftest import ROOT, SHAPE, fork_script, make_model_dir
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -1216,18 +1217,9 @@ def forked(ranks, *arguments):
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
     for rank in range(ranks):
-        child, status = os.fork(), 99
-        if child:
-            children.append(child)
-            continue
-        try:
-            os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(ranks), 'LOCAL_WORLD_SIZE': str(ranks),
-                           'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}
-            sys.stdout, sys.stderr = (open(f'{out}.{name}', 'a', buffering=1) for name in ('stdout', 'stderr'))
-            sys.argv = ['cb_train.py', *arguments]
-            status = run_script('cb_train.py')
-        finally:
-            os._exit(status)
+        names = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks, 'MASTER_ADDR': 'localhost', 'MASTER_PORT': port}
+        prepare = functools.partial(os.environ.update, {name: str(value) for name, value in names.items()})
+        children.append(fork_script(arguments, f'{out}.stdout', f'{out}.stderr', prepare))
     return children
 
 
