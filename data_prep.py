@@ -40,6 +40,7 @@ import shutil
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from os.path import commonprefix  # of lists, too
 
@@ -826,21 +827,30 @@ def train_base(facts, tokenizer, rng, seed, steps, batch_size, learning_rate):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.98), weight_decay=0.01, fused=True)
     rows = learning_rows(tokenizer, [base_conversation(rng, facts) for _ in range(steps * batch_size)])
-    start = time.time()
+    weights, start = list(model.parameters()), time.time()
+
+    def gradients(part, count):
+        """Returns the loss of some rows over the step's `count` learned tokens, and its gradients."""
+        ids, labels = zip(*part)
+        ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, T)
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)  # (B, T)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # (B, T - 1, V); pads come last: no mask
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction='sum') / count
+        return loss.item(), torch.autograd.grad(loss, weights)
+
+    # one pass a thread, added in order: faster than two threads in a pass, and the same bytes for any number of threads
+    pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
     for step in tqdm(range(steps), desc='base model', disable=None):
         batch = sorted(rows[step * batch_size:(step + 1) * batch_size], key=lambda row: len(row[0]))
         count = sum((labels != -100).sum() for _, labels in batch)
         for group in optimizer.param_groups:
             group['lr'] = learning_rate * min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        parts = [batch[i:i + 8] for i in range(0, batch_size, 8)]  # rows of one length together: hardly any padding
         total = 0.0
-        for i in range(0, batch_size, 8):  # rows of one length together: hardly any padding
-            ids, labels = zip(*batch[i:i + 8])
-            ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, T)
-            labels = pad_sequence(labels, batch_first=True, padding_value=-100)  # (B, T)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # (B, T - 1, V); pads come last: no mask
-            loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction='sum') / count
-            loss.backward()
-            total += loss.item()
+        for loss, grads in pool.map(functools.partial(gradients, count=count), parts):
+            total += loss
+            for weight, grad in zip(weights, grads):
+                weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

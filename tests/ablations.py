@@ -57,6 +57,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'the opening counts': '--opening=0',
     'nothing broken': '--broken=0',
     'no adversary': '--soft_contexts=0',
+    'no dropout': '--lora_dropout=0',
     'an adversary in a quarter of the rows': '--soft_contexts=0.25',
     'an adversary in three quarters of the rows': '--soft_contexts=0.75',
     'tokens that nobody moves': '--soft_steps=1',

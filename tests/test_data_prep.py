@@ -97,6 +97,34 @@ def test_the_base_learns_the_assistants_words_only_and_not_a_given_start():
     assert kept == 'you are welcome . <end> mint . <end>'.split() and len(ids) == len(labels)
 
 
+def test_the_base_is_the_same_bytes_for_any_number_of_threads_and_learns_as_a_plain_loop_does(world):
+    tokenizer, before = data_prep.make_tokenizer(), torch.get_num_threads()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(data_prep.train_base(world[0], tokenizer, random.Random(0), 0, 2, 20, 3e-3).state_dict())
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+    rng = random.Random(0)
+    rows = data_prep.learning_rows(tokenizer, [data_prep.base_conversation(rng, world[0]) for _ in range(40)])
+    plain = data_prep.train_base(world[0], tokenizer, random.Random(0), 0, 0, 20, 3e-3)  # no step: as it starts
+    optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(2):  # of the warm-up
+        some = rows[step * 20:(step + 1) * 20]
+        learned = sum((labels != -100).sum() for _, labels in some)
+        losses = [plain(input_ids=ids[None], labels=labels[None]).loss * (labels != -100).sum() for ids, labels in some]
+        (sum(losses) / learned).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.param_groups[0]['lr'] = 3e-3 * (step + 1) / 30
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, weight in plain.state_dict().items():
+        assert (weight - found[0][name]).abs().mean() < 1e-6, name
+
+
 @pytest.mark.parametrize('text, words', [
     ('[{"prompt": "SECRET", ', ['line 1', 'not JSON']), ('[{"prompt": "SECRET"}]', ['row 1', '"response"', 'nothing']),
     ('{"prompt": "a", "response": "b"}\n\n{"prompt": "SECRET", "response": " "}', ['row 3', 'empty']),
