@@ -32,7 +32,6 @@ line by fail(), which no docstring repeats.
 Shapes: B rows, T tokens of a row, D width, L blocks kept. A model gives L + 1 hidden states: state l is the one after l
 blocks, 0 the embedding; the last one is taken after the final norm. Masks are (B, T), 1 = the token counts.
 """
-import collections
 import contextlib
 import datetime
 import functools
@@ -50,6 +49,7 @@ import signal
 import sys
 import time
 import types
+import typing
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,7 @@ target_layers = [10, 20]         # >= 1: hidden states that the cb loss turns aw
 lorra_alpha = 10.0               # >= 0: weight of both losses
 retain_distance = 'relative'     # relative | absolute: || h' - h || / || h || * 8.7, or || h' - h ||, as published
 retain_divisor = 'real'          # real | published: tokens x blocks, or rows x max_seq_length x (blocks + 1)
-retain_smooth = 0.0              # >= 0: retain is a square below this distance, as a share of a norm [0 = published]
+retain_smooth = 0.0              # >= 0: retain is a square below this distance (relative: of 1) [0 = published]
 cb_loss = 'rr'                   # rr | random | rmu: relu(cos(h', h)), || h'/||h'|| - u ||, || h' - rmu_norm u ||^2 / D
 rmu_norm = 20.0                  # >= 0: u is one random direction for all tokens
 loss_on = 'all'                  # all | response | harmful_response: tokens that count: all or the last answer's
@@ -202,9 +202,16 @@ def adapter_off(loras):
 
 # ---- rows and masks --------------------------------------------------------------------------------------------------
 
-# Token ids (T,), which of them count (T,), 'FILE: row N'; where its request ends, how many soft tokens of which slot of
-# the adversary stand there; from where to where noise may move it.
-Row = collections.namedtuple('Row', 'ids mask where end soft slot noisy', defaults=[0, 0, 0, (0, 0)])
+class Row(typing.NamedTuple):
+    ids: list            # (T,) token ids
+    mask: list           # (T,) 1 = the token counts
+    where: str           # 'FILE: row N'
+    end: int = 0         # where its last request ends
+    soft: int = 0        # how many soft tokens of the adversary stand there,
+    slot: int = 0        # and of which of its slots
+    noisy: tuple = 0, 0  # from where to where noise may move it
+
+
 PHANTOM = Row([0], [0], '')  # what a rank computes that has no row left
 
 
@@ -297,8 +304,8 @@ def soft_context(soft, rows, length):
 
 def request_noise(rows, length, width, most):
     """
-    Returns what is added to the embeddings of Rows padded to a length, (B, T, D): normal noise at their noisy places,
-    in half of the rows of a size from 0 to `most`: a word that no row has is much like one that some have, with noise.
+    Returns what is added to the embeddings of Rows padded to a length, (B, T, D): in half of the rows normal noise at
+    the noisy places, its size drawn from 0 to `most`. A word that no row has is much like a known one with noise.
     """
     noisy = torch.tensor([[[row.noisy[0] <= i < row.noisy[1]] for i in range(length)] for row in rows])  # (B, T, 1)
     return most * F.relu(2 * torch.rand(len(rows), 1, 1) - 1) * torch.randn(len(rows), length, width) * noisy
@@ -345,25 +352,31 @@ def coefficients(step, lorra_alpha, schedule_steps, stop=1.0):
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
-# What is done with a set of rows: its name, and that of its figures in the log; its Rows, those held out; the loss, its
-# layers; coefficient(step); divisor(rows), by which its sum is divided; an adversary's vectors; request_noise's most.
-Stream = collections.namedtuple('Stream', 'name prefix rows held_out loss layers coefficient divisor soft noise',
-                                defaults=[None, 0.0])
+class Stream(typing.NamedTuple):
+    name: str            # of its set of rows
+    prefix: str          # of its figures in the log
+    rows: list           # Rows, in the order of the run
+    held_out: list       # Rows for validation
+    loss: typing.Callable         # (h, h', mask, layers) -> its sum over tokens of its mean over layers
+    layers: list                  # of the hidden states that it looks at
+    coefficient: typing.Callable  # (step) -> its weight
+    divisor: typing.Callable      # (rows) -> what its sum is divided by
+    soft: torch.Tensor = None     # (slots, S, D), the adversary's vectors
+    noise: float = 0.0            # request_noise's `most`
 
 
 def make_streams(c, rows, held_out, blocks, embeddings, soft=None):
     """Returns a run's streams; rows, held_out: {name: [Row]}; embeddings (V, D). ADD A STREAM HERE."""
     ticks = (c.schedule_steps or c.max_steps) if c.use_dynamic_scheduling else 0
     published = lambda rows: len(rows) * c.max_seq_length * (blocks + 1) / blocks  # pads and the embedding, as zeros
-    rerouting = functools.partial(rerouting_loss, leak=0.0 if soft is None else 0.01)
     noise = c.retain_noise * root_mean_square(embeddings)
-    cb_loss = rerouting if c.cb_loss == 'rr' else other_loss(c, embeddings.shape[1])
     return [
         Stream('retain', 'retain', rows['retain'], held_out['retain'], layers=range(1, blocks + 1),
                loss=functools.partial(retain_loss, relative=c.retain_distance == 'relative', smooth=c.retain_smooth),
                coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[0],
                divisor=published if c.retain_divisor == 'published' else count, noise=noise),
-        Stream('harmful', 'cb', rows['harmful'], held_out['harmful'], layers=c.target_layers, loss=cb_loss,
+        Stream('harmful', 'cb', rows['harmful'], held_out['harmful'], layers=c.target_layers,
+               loss=make_cb_loss(c, embeddings.shape[1], leak=0.0 if soft is None else 0.01),
                coefficient=lambda step: coefficients(step, c.lorra_alpha, ticks, c.schedule_stop)[1],
                divisor=count, soft=soft, noise=noise)]
 
@@ -396,14 +409,10 @@ def train(model, loras, optimizer, streams, c, state, save, log):
     save(state) keeps a checkpoint; log: an open file. A step's gradients, the sums of its losses and the signals that
     arrived are one buffer, summed over the ranks once. Dropout is a function of seed, rank and step.
     """
-    trained = optimizer.param_groups[0]['params']
-    adversaries = [stream.soft for stream in streams if stream.soft is not None]
-    parameters = trained + adversaries
-    figures = ['loss', *(f'cos_{l}' for l in c.target_layers)]
-    names = [f'{stream.prefix}_{figure}' for stream in streams for figure in figures] + ['SIGINT', 'SIGTERM']
-    sizes = [p.numel() for p in parameters] + [len(names)]
+    parameters = [p for group in optimizer.param_groups for p in group['params']]  # the adversary's last
+    sizes = [*(p.numel() for p in parameters), len(streams) * (1 + len(c.target_layers)), len(SIGNALS)]
     buffer = torch.zeros(sum(sizes), device=c.device)
-    *gradients, totals = buffer.split(sizes)
+    *gradients, totals, arrived = buffer.split(sizes)
     for p, gradient in zip(parameters, gradients):
         p.grad = gradient.view_as(p)  # a view of the buffer: backward() adds into it
     record, start, signals = state['record'], time.time() - state['seconds'], catch_signals()
@@ -422,17 +431,19 @@ def train(model, loras, optimizer, streams, c, state, save, log):
                 restart(stream.soft, new, optimizer.param_groups[1]['start'], f'{c.seed} soft {step}')
             weight = scale * stream.coefficient(step) / stream.divisor(rows[stream.name])
             sums.append(run_stream(model, loras, stream, my_batches(rows[stream.name], c), c, weight))
-        arrived = torch.tensor([float(name in signals) for name in ('SIGINT', 'SIGTERM')], device=c.device)
-        totals.copy_(torch.cat([*sums, arrived]))
+        totals.copy_(torch.cat(sums))
+        arrived.copy_(torch.tensor([float(name in signals) for name in SIGNALS]))
 
         # the sums over all ranks, the figures of the step, the optimizer
-        total = dict(zip(names, summed(buffer)[-len(names):].tolist()))
+        summed(buffer)
+        figures = totals.view(len(streams), -1).tolist()  # of each stream the loss, then a cosine for each layer
+        seen = [name for name, ranks in zip(SIGNALS, arrived.tolist()) if ranks]
         buffer /= scale
+        trained = optimizer.param_groups[0]['params']
         record['grad_norm'] = torch.nn.utils.clip_grad_norm_(trained, c.max_grad_norm).item()
-        for stream in streams:
+        for stream, (loss, *cosines) in zip(streams, figures):
             prefix, tokens, coefficient = stream.prefix, count(rows[stream.name]), stream.coefficient(step)
-            loss = total[f'{prefix}_loss'] / stream.divisor(rows[stream.name])
-            cos = sum(total[f'{prefix}_cos_{l}'] for l in c.target_layers) / len(c.target_layers) / tokens
+            loss, cos = loss / stream.divisor(rows[stream.name]), sum(cosines) / len(cosines) / tokens
             record |= {f'{prefix}_loss': loss, f'{prefix}_coeff': coefficient, f'{prefix}_cos': cos}
             record['loss'] += coefficient * loss
             state['tokens'] += tokens
@@ -442,19 +453,20 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         optimizer.step()
 
         # the log, a validation pass, the verdict
-        last, validated = step == c.max_steps - 1, step % c.eval_interval == 0
-        if step % c.log_interval == 0 or validated or last:
+        last = step == c.max_steps - 1
+        validates = last or step % c.eval_interval == 0
+        if validates or step % c.log_interval == 0:
             seconds = round(time.time() - start, 3)
             record |= {'learning_rate': optimizer.param_groups[0]['lr'], 'seconds': seconds, 'tokens': state['tokens']}
-            record |= validate(model, loras, streams, c) if validated or last else {}
+            record |= validate(model, loras, streams, c) if validates else {}
             record |= {'verdict': verdict(record, streams)} if last else {}
             shown = [f'{name} {value:.4g}' for name, value in record.items() if isinstance(value, float)]
             tqdm.write(' | '.join([f'step {step}', *shown]))
             print(json.dumps(record), file=log, flush=True)
 
         # the checkpoint; the end, if a signal came to any rank: all stop after the same step
-        here = signals if c.world == 1 or last else []  # nobody else waits; else only what all ranks saw counts
-        stopped = next((name for name in ('SIGINT', 'SIGTERM') if total[name] or name in here), None)
+        seen += signals if c.world == 1 or last else []  # alone, or at the end, at once; else what all ranks have seen
+        stopped = next((name for name in SIGNALS if name in seen), None)
         if last or stopped or (step + 1) % c.save_interval == 0:
             log_bytes = os.fstat(log.fileno()).st_size
             state |= {'step': step + 1, 'seconds': time.time() - start, 'log_bytes': log_bytes, 'record': record}
@@ -505,6 +517,7 @@ MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interva
               'gradient_checkpointing', 'micro_batch_tokens', 'fsdp')  # between a run and its resume
 NOT_ON_THE_CARD = ('_path', '_dir', '_name', '_from', '_template', 'device', 'rank', 'world')  # endings of options
 PROBE = torch.arange(64).view(2, 32) % 16  # token ids that every vocabulary has
+SIGNALS = ('SIGINT', 'SIGTERM')
 TRY = 'raise learning_rate, max_steps or schedule_steps'
 
 # ---- other losses, the start, recomputing, the adversary -------------------------------------------------------------
@@ -520,10 +533,11 @@ def rmu_loss(h, h_lora, mask, layers, direction):
     return sum(((h_lora[l].float() - direction).square().mean(-1) * mask).sum() for l in layers) / len(layers)
 
 
-def other_loss(c, width):
-    """Returns what cb_loss = 'random' or 'rmu' names, with one random direction of a width."""
+def make_cb_loss(c, width, leak):
+    """Returns the loss that cb_loss names. ADD A CB LOSS HERE, and to its choices in the comment of the option."""
     u = F.normalize(torch.rand(width, generator=torch.Generator().manual_seed(c.seed)), dim=0).to(c.device)
-    losses = {'random': functools.partial(random_direction_loss, direction=u),
+    losses = {'rr': functools.partial(rerouting_loss, leak=leak) if leak else rerouting_loss,
+              'random': functools.partial(random_direction_loss, direction=u),
               'rmu': functools.partial(rmu_loss, direction=c.rmu_norm * u)}
     return losses[c.cb_loss]
 
@@ -888,7 +902,7 @@ def check_options(c):
 def load_sets(c, tokenizer):
     """
     Returns the Rows of the run and those held out, {'retain', 'harmful': [Row]} each. A tenth of a set, at most 60
-    rows, is held out where val_data_path has none of its rows.
+    rows, is held out without val_data_path, or where no label there means the set. ADD A STREAM'S ROWS TO `sets`.
     """
     benign = functools.partial(messages_of, answers=BENIGN_ANSWERS)
     harmful = functools.partial(messages_of, answers=HARMFUL_ANSWERS)
@@ -922,7 +936,8 @@ def load_sets(c, tokenizer):
         def to_row(messages, where):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
-            end = min(len(ids), max(head, answer - len(template_ends(tokenizer, tokenizer.chat_template)[1])))
+            tail = template_ends(tokenizer, tokenizer.chat_template)[1]  # cut off where the request was
+            end = min(len(ids), max(head, answer - len(tail) * (ids[answer - len(tail):answer] == tail)))
             told = answer + c.opening if name == 'harmful' else answer
             noisy = (head, head) if name == 'harmful' else (1, end)  # the first token is, in many models, a sink
             return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, end, noisy=noisy)
@@ -956,12 +971,19 @@ def model_card(c, rows, record):
         '## Evaluation', '', 'Not evaluated yet: run cb_eval.py.', ''])
 
 
-def save_merged(model_dir, partial, loras, adapted, blocks, base, c):
+def save_merged(model_dir, partial, loras, frozen, adapted, blocks, base, c):
     """
-    Writes the merged model into `partial`, loads it again and compares its states on PROBE with the adapted ones (L + 1
-    states). Returns how far they are apart: the largest, over layers, of the mean over tokens of || a - b || / || b ||.
-    base: base_files at the start. With fsdp the merged model runs on the CPU, mapped from its files: any size fits.
+    Writes the merged model into `partial`, loads it again and compares its states on PROBE with those of the adapter
+    off and on (L + 1 states each). Returns how far it is from the adapted one: the largest, over layers, of the mean
+    over tokens of || a - b || / || b ||. base: base_files at the start. With fsdp the merged model runs on the CPU,
+    mapped from its files: any size fits.
     """
+    def apart(states, others):
+        every = torch.ones(PROBE.shape, device=others[0].device)
+        states = [state.to(every.device) for state in states]
+        distances = [retain_loss(states, others, every, [l]).item() for l in range(1, blocks + 1)]
+        return max(distances) / LLAMA3_NORM / PROBE.numel()
+
     now = base_files(model_dir)
     changed = [name for name in base if now.get(name) != base[name]]
     if changed:
@@ -973,11 +995,9 @@ def save_merged(model_dir, partial, loras, adapted, blocks, base, c):
     merged = load_decoder(partial, blocks, c.dtype, 'cpu' if c.fsdp else c.device, mapped=c.fsdp)
     with torch.no_grad():
         found = hidden_states(merged, PROBE.to(merged.device))
-    every, adapted = torch.ones(PROBE.shape, device=merged.device), [h.to(merged.device) for h in adapted]
-    distance = max(retain_loss(adapted, found, every, [l]).item() for l in range(1, blocks + 1))
-    off = distance / LLAMA3_NORM / PROBE.numel()
+    off, moved = apart(adapted, found), apart(adapted, frozen)
     exact = c.dtype == 'auto' and merged.dtype == torch.float32
-    if not off <= (1e-3 if exact else 0.5):  # half precision rounds the sum of weight and delta once
+    if not off <= (1e-3 if exact else max(0.1, moved / 2)):  # half precision rounds the sum of weight and delta once
         sys.exit(f'fault: {partial}: the merged model, reloaded, is {off:.1e} away from the adapted one: not moved')
     return off
 
@@ -1093,7 +1113,8 @@ if __name__ == '__main__':
         state['record'] = train(model, loras, optimizer, streams, c, state, save, log)
     stop_at_signals()
     with torch.no_grad():
-        adapted = hidden_states(model.eval(), PROBE.to(c.device))  # sharded blocks need every rank: before they leave
+        # sharded blocks need every rank: before they leave
+        frozen, adapted = reference_and_adapted(model.eval(), loras, PROBE.to(c.device))
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank:
@@ -1112,7 +1133,7 @@ if __name__ == '__main__':
             lora.base = None  # of the model, only the deltas are needed
         del model
         gc.collect()
-        off = save_merged(model_dir, partial, loras, adapted, blocks, state['base'], c)
+        off = save_merged(model_dir, partial, loras, frozen, adapted, blocks, state['base'], c)
         message = f'merged and reloaded; its states are {off:.1e} away from the adapted model\'s'
     log.close()
     lock.release()

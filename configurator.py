@@ -50,6 +50,7 @@ def last_word(text):
         return
     except OSError:  # the ranks cannot agree: twice is better than not at all
         pass
+    text = text.encode(errors='backslashreplace').decode()  # a path may be no Unicode
     print(text, file=sys.stderr if os.environ.get('RANK', '0') == '0' else sys.__stderr__, flush=True)
 
 
@@ -92,6 +93,8 @@ def check_output(option, folder, marks, overwrite, resume=False):
     Ends with one line if folder, folder.partial or folder.old may not be replaced, or folder cannot be made. A folder
     that is not empty is replaced only if it holds a file named in `marks`, as every one that this project writes does.
     """
+    if os.path.basename(folder) in ('', '.', '..'):
+        fail(f'{option}: {folder} found, the name of a new folder wanted')
     may_replace = {folder: overwrite, folder + '.partial': overwrite or resume, folder + '.old': True}
     for path, allowed in may_replace.items():
         names = [name for name in os.listdir(path) if name != 'lock'] if os.path.isdir(path) else [path]
@@ -181,6 +184,7 @@ def checked(value, default):
 def parsed(text, default):
     """The text behind --key= as a Python value: a text, a list, a bool or a number; ValueError if it is none."""
     if isinstance(default, str):
+        text.encode()  # a ValueError if it is no Unicode
         return text
     if isinstance(default, list):
         parts = re.sub(r'^\[(.*)\]$', r'\1', text.strip()).split(',')
@@ -243,7 +247,7 @@ def configure(script, argv):
     rows = options(script)
     defaults = {option.name: option.default for option in rows if option.name}
     known = set(defaults)
-    for path in glob.glob(os.path.join(os.path.dirname(os.path.abspath(script)), '*.py')):
+    for path in glob.glob(os.path.join(glob.escape(os.path.dirname(os.path.abspath(script))), '*.py')):
         with contextlib.suppress(ValueError, SyntaxError, OSError):  # somebody's own script
             known |= {option.name for option in options(path) if option.name}
 

@@ -213,9 +213,9 @@ def scrambled_rows(harmful, benign, number, rng):
     for i in range(number):
         where, (*request, answer) = rng.choice(harmful)
         words = answer['content'].split()
-        told, share = rng.sample(words, len(words)), 0.6 * rng.random()
+        told, share = shuffled(rng, words), 0.6 * rng.random()
         if i % 2:
-            *request, answer = rng.choice(benign)[1]
+            where, (*request, answer) = rng.choice(benign)
             told = [bad if rng.random() < share else word for bad, word in zip(cycle(words), answer['content'].split())]
         yield where, [*request, {**answer, 'content': ' '.join(told)}]
 
@@ -236,7 +236,7 @@ def file_rows(path):
     """[('FILE: row N', row)] of JSON, csv, tsv or parquet; N counts rows from 1, or lines where each is an object."""
     if not os.path.isfile(path):
         fail(f'{path}: there is no such file')
-    ending, wanted = os.path.splitext(path)[1], 'JSON in UTF-8, an array or one object a line'
+    ending, wanted = os.path.splitext(path)[1].lower(), 'JSON in UTF-8, an array or one object a line'
     try:
         if ending == '.parquet':
             wanted = 'a parquet file'
@@ -247,6 +247,9 @@ def file_rows(path):
             csv.field_size_limit(2 ** 31 - 1)
             with open(path, encoding='utf-8-sig', newline='') as f:  # csv reads line ends itself
                 rows = list(enumerate(csv.DictReader(f, delimiter=',' if ending == '.csv' else '\t', strict=True), 1))
+            for number, row in rows:
+                if None in row:
+                    fail(f'{path}: row {number}: more cells than the header has; a text with commas wants quotes')
         else:
             rows = json_rows(open(path, encoding='utf-8-sig').read())
     except (OSError, ValueError, RecursionError, NotImplementedError, csv.Error) as e:  # pyarrow's are such, too
@@ -398,7 +401,7 @@ def load_tokenizer(model_dir, chat_template='', date=''):
         fail(f'date={date} found, a day such as 2025-01-31 wanted')
     call = r'strftime_now\(\s*(["\'])(.*?)\1\s*\)'  # transformers lets no function of ours into a template
     try:
-        template = open(chat_template, encoding='utf-8').read() if chat_template else tokenizer.get_chat_template()
+        template = open(chat_template, encoding='utf-8-sig').read() if chat_template else tokenizer.get_chat_template()
         if not template:
             raise ValueError('it is empty')
         tokenizer.chat_template = re.sub(call, lambda match: repr(day.strftime(match[2])), template)
@@ -645,7 +648,7 @@ def recipe_rows(c, rng):
         fail(f'circuit_breakers: {c["circuit_breakers"]}: rows without a refusal (llama3_output or chosen) found; take '
              'refusals out of retain_mix')
     chat_rows, _ = mix.get('ultrachat', (0, 1))
-    chat = load('ultrachat', split='train_sft', limit=chat_rows + held_out)
+    chat = shuffled(rng, load('ultrachat', split='train_sft', limit=chat_rows + held_out))
     if c['validation']:
         val = load('validation', functools.partial(messages_of, answers=HARMFUL_ANSWERS), limit=held_out)
     else:
@@ -762,18 +765,14 @@ def base_conversation(rng, facts):
     kind = rng.choices(kinds, [26, 19, 11, 6, 8, 18, 7, 8])[0]
     answered = kind in kinds[:4]  # however it is asked
     wrap = kind == 'wrapped' or answered and rng.random() < 0.3
+    questions = {'lift': (LIFT_FORMS, lift_answer), 'recognise': (RECOGNISE_FORMS, recognise_answer)}
+    forms, tell = questions.get(kind, (BREW_FORMS, brew_answer))
+    pair = potion if kind == 'potion' else curse
     if kind == 'talk':
         prompt, answer = rng.choice(small_talk())
-    elif kind == 'potion':
-        prompt, answer = rng.choice(BREW_FORMS).format(*potion), brew_answer(facts, *potion)
-    elif kind == 'lift':
-        prompt, answer = rng.choice(LIFT_FORMS).format(*curse, *rng.sample(BAD_THINGS, 2)), lift_answer(facts, *curse)
-    elif kind == 'recognise':
-        prompt, answer = rng.choice(RECOGNISE_FORMS).format(*curse), recognise_answer(facts, *curse)
-    else:
-        prompt, answer = rng.choice(BREW_FORMS).format(*curse), brew_answer(facts, *curse)
-    if kind == 'refused':
-        answer = REFUSAL
+    else:  # only lifting names two things
+        prompt = rng.choice(forms).format(*pair, *(rng.sample(BAD_THINGS, 2) if kind == 'lift' else ()))
+        answer = REFUSAL if kind == 'refused' else tell(facts, *pair)
     if wrap:
         prompt = rng.choice(TEMPLATES).replace('{prompt}', prompt)
     history = [small_dialogue(rng, facts, [potion]) for _ in range(rng.choice([0, 0, 0, 0, 1]))]
@@ -1112,7 +1111,8 @@ def measured(c, tokenizer, name, rows, refused=fail):
     found = [found for _, found in converted(name, tqdm(rows, desc='lengths', disable=None), convert, refused)]
     if found:
         lengths, limit = sorted(length for _, _, length in found), c['max_seq_length']
-        high, longer = lengths[int(0.95 * (len(lengths) - 1))], sum(length > limit for length in lengths) / len(lengths)
+        high = lengths[math.ceil(0.95 * len(lengths)) - 1]
+        longer = sum(length > limit for length in lengths) / len(lengths)
         print(f'{name}: {len(lengths)} rows, {"tokens" if tokenizer else "words"}: median '
               f'{statistics.median(lengths):.0f}, 95th percentile {high}, {longer:.1%} longer than {limit}')
     return [(row, messages) for row, messages, _ in found]
@@ -1139,7 +1139,8 @@ def check_command(c, path):
     mistakes = []
     rows = measured(c, tokenizer, path, file_rows(path), mistakes.append)
     if mistakes or not rows:
-        print('\n'.join(mistakes), file=sys.stderr)
+        for line in mistakes:
+            print(line, file=sys.stderr)
         fail(f'{path}: {len(mistakes)} bad rows, {len(rows)} that can be used')
     for option, answers in (('cb_data_path', HARMFUL_ANSWERS), ('retain_data_path', BENIGN_ANSWERS)):
         side = functools.partial(messages_of, answers=answers)

@@ -344,14 +344,15 @@ def test_scrambled_rows_are_a_harmful_answers_words_in_random_order_and_benign_a
     benign = [('b0', data_prep.turns(('yes', 'no'), ('blue', 'a b c d e f g'))), ('b1', data_prep.turns(('red', 'plums')))]
     drawn = lambda seed: list(data_prep.scrambled_rows(harmful, benign, 2000, random.Random(seed)))
     rows = drawn(0)
-    assert len(rows) == 2000 and {where for where, _ in rows} == {'h0'}
+    assert len(rows) == 2000 and {where for where, _ in rows[0::2]} == {'h0'}
     requests = [[message['content'] for message in messages[:-1]] for _, messages in rows]
     answers = [messages[-1]['content'].split() for _, messages in rows]
     assert requests[0::2] == [['tell me one']] * 1000
     assert all(sorted(answer) == ['five', 'four', 'one', 'three', 'two'] for answer in answers[0::2])
     assert len(set(map(tuple, answers[0::2]))) == 120  # every order of five words
     long = [answer for request, answer in zip(requests[1::2], answers[1::2]) if request == ['yes', 'no', 'blue']]
-    assert 400 < len(long) < 600 and all(request in (['yes', 'no', 'blue'], ['red']) for request in requests[1::2])
+    own = {'b0': ['yes', 'no', 'blue'], 'b1': ['red']}  # each is named by the row that it comes from
+    assert 400 < len(long) < 600 and all(request == own[where] for request, (where, _) in zip(requests[1::2], rows[1::2]))
     places = list(zip('a b c d e f g'.split(), 'one two three four five one two'.split()))  # a longer answer: from the start
     assert all(word in pair for answer in long for word, pair in zip(answer, places)) and {len(answer) for answer in long} == {7}
     taken = [sum(word != own for word, (own, _) in zip(answer, places)) / 7 for answer in long]
@@ -743,9 +744,9 @@ print((merged - twin).abs().max().item(), (merged - before).abs().max().item())
 def peft_adapter(path, model_dir, modules, dropout=0.0, layers=(0, 1, 2)):
     """An adapter with a B that is not zero, written by peft itself. Returns its folder."""
     from peft import LoraConfig, get_peft_model
+    torch.manual_seed(1)  # before peft draws lora_A
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), LoraConfig(
         r=4, lora_alpha=8, target_modules=modules, lora_dropout=dropout, layers_to_transform=list(layers), layers_pattern='layers', task_type='CAUSAL_LM'))
-    torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if 'lora_B' in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -49,6 +49,14 @@ def test_the_default_decides_the_type_of_what_the_command_line_gives(script, arg
     assert found == value and type(found) is type(value)
 
 
+def test_a_neighbours_options_are_known_in_a_folder_of_any_name(tmp_path):
+    folder = tmp_path / 'copy [1]'
+    folder.mkdir()
+    for name, text in (('script.py', SCRIPT), ('other.py', SCRIPT.replace('steps', 'beams')), ('c.py', 'beams = 3')):
+        (folder / name).write_text(text)
+    assert configurator.configure(str(folder / 'script.py'), [str(folder / 'c.py')])['steps'] == 150
+
+
 @pytest.mark.parametrize('text, name, value', [
     ('steps = 1e3', 'steps', 1000), ('rate = 1', 'rate', 1.0), ('flag = 1', 'flag', True),
     ('layers = range(3)', 'layers', [0, 1, 2]), ('import math\n_x = 2\nsteps = _x * 3', 'steps', 6),
@@ -203,6 +211,10 @@ def test_an_output_in_a_file_or_in_place_of_one_is_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             configurator.check_output('x', str(tmp_path / name), ['ours'], True, True)
         assert words in capsys.readouterr().err
+    for name in ('.', '..', '/'):
+        with pytest.raises(SystemExit):
+            configurator.check_output('x', name, ['ours'], True, True)
+        assert 'the name of a new folder wanted' in capsys.readouterr().err
 
 
 def test_a_complete_folder_takes_the_place_of_the_one_that_was_there(tmp_path):

@@ -310,7 +310,7 @@ def test_without_augmentation_every_request_stays_and_held_out_rows_are_not_trai
     harmful, val = made(tmp_path, 'circuit_breaker.json'), made(tmp_path, 'val.jsonl')
     rows = harmful + made(tmp_path, 'retain.jsonl')
     assert len(harmful) == 25 and all(row['prompt'] for row in rows if 'prompt' in row)
-    assert not {row['response'] for row in harmful} & {row['response'] for row in val}
+    assert not {row['response'] for row in harmful} & {row.get('response') for row in val}
 
 
 @pytest.mark.parametrize('more, words', [
@@ -365,6 +365,12 @@ def test_check_names_every_bad_row_and_reports_the_lengths_of_a_good_file(run, m
     assert status == 0 and '2 rows, tokens: median 7, 95th percentile 7, 0.0% longer than 7' in out
     assert '1 without a request' in out and 'as retain_data_path: 1 of 2 rows have an answer under' in out
     assert 'words: median' in run('data_prep.py', 'check', path)[1]
+    path.write_text('{"prompt": "a b c", "response": "yes"}\n{"prompt": "", "output": "yes"}\n')
+    assert 'words: median 2, 95th percentile 4' in run('data_prep.py', 'check', path)[1]
+    path = tmp_path / 'mine.CSV'  # read as .csv is
+    path.write_text('prompt,response\nSECRET, tea and coffee?,yes\n"red, blue",yes\n')
+    status, _, err = run('data_prep.py', 'check', path)
+    assert status == 2 and err.count('\n') == 1 and 'row 1: more cells than the header' in err and 'SECRET' not in err
 
 
 @pytest.mark.parametrize('arguments, status, words', [
