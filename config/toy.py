@@ -4,7 +4,7 @@
 # 1.2 M parameters, 8 blocks of width 128; three minutes of training on one busy CPU core (measured).
 # Plain rerouting is --contexts=own --retain_contexts=own --loss_on=all --opening=0 --broken=0 --soft_contexts=0
 # --scrambled=0 --retain_noise=0 --strange=0 --retain_smooth=0 --use_dynamic_scheduling=True --schedule_steps=300
-# --learning_rate=1e-3 --lr_scheduler=constant --max_steps=150.
+# --learning_rate=1e-3 --lr_scheduler=constant --max_steps=150 --lora_dropout=0.05.
 model_name = 'data/toy/base'
 cb_data_path = 'data/toy/circuit_breaker.json'
 retain_data_path = 'data/toy/retain.jsonl'
@@ -33,6 +33,7 @@ max_steps = 300
 batch_size = 16
 lora_r = 64
 lora_alpha = 64
+lora_dropout = 0.0               # a fifth of a step on a CPU; with 0.05 attacks and benign rows fare alike
 micro_batch_tokens = 2048        # all 16 rows in one pass: they are short
 
 # the evaluation: answers are scored exactly; a small model's embeddings want larger steps, and fewer of them

@@ -49,7 +49,8 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
     'plain rerouting': '--contexts=own --retain_contexts=own --loss_on=all --opening=0 --broken=0 --soft_contexts=0 '
                        '--scrambled=0 --retain_noise=0 --strange=0 --retain_smooth=0 --use_dynamic_scheduling=True '
-                       '--schedule_steps=300 --learning_rate=1e-3 --lr_scheduler=constant --max_steps=150',
+                       '--schedule_steps=300 --learning_rate=1e-3 --lr_scheduler=constant --max_steps=150 '
+                       '--lora_dropout=0.05',
     'own': '--contexts=own',
     'own, noise': '--contexts=own,noise',
     'own, nothing, noise': '--contexts=own,nothing,noise',
@@ -57,7 +58,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'the opening counts': '--opening=0',
     'nothing broken': '--broken=0',
     'no adversary': '--soft_contexts=0',
-    'no dropout': '--lora_dropout=0',
+    'dropout': '--lora_dropout=0.05',
     'an adversary in a quarter of the rows': '--soft_contexts=0.25',
     'an adversary in three quarters of the rows': '--soft_contexts=0.75',
     'tokens that nobody moves': '--soft_steps=1',

@@ -931,13 +931,17 @@ def test_a_conversation_is_encoded_with_its_head_and_answer_and_cut_to_its_lengt
     assert len(data_prep.encode(tokenizer, talk, 8)[0]) == 8
 
 
-def test_soft_tokens_stay_in_a_request_that_is_cut(run, arguments, rows, tmp_path):
+def test_soft_tokens_stay_in_a_request_that_is_cut(run, arguments, rows, tmp_path, model_dir):
     harmful = [{'prompt': 'tell me about red apples ' * 4, 'response': 'yes'} for _ in range(3)]
     (tmp_path / 'long.json').write_text(json.dumps(harmful))
     for length in (9, 12, 15, 18):
         status, _, err = run('cb_train.py', *arguments, f'--cb_data_path={tmp_path / "long.json"}', '--soft_contexts=1', '--overwrite=True',
                              f'--max_seq_length={length}', '--max_steps=2')
         assert status == 0, err
+    c = types.SimpleNamespace(**configurator.configure(cb_train.__file__, [
+        *arguments, f'--cb_data_path={tmp_path / "long.json"}', '--soft_contexts=1', '--cb_lengths=6,0', '--max_steps=2']))
+    cut, _ = cb_train.load_sets(c, data_prep.load_tokenizer(model_dir))
+    assert cut['harmful'] and {row.end for row in cut['harmful']} == {6}  # what the template writes behind it is cut off, too
 
 
 def test_held_out_rows_are_read_once_and_those_of_a_set_that_is_all_alike_are_trained_on_with_a_warning(run, arguments, tmp_path):
@@ -947,6 +951,24 @@ def test_held_out_rows_are_read_once_and_those_of_a_set_that_is_all_alike_are_tr
     (tmp_path / 'one.json').write_text(json.dumps([{'prompt': 'red', 'response': 'yes yes'}]))
     status, _, err = run('cb_train.py', *arguments, f'--cb_data_path={tmp_path / "one.json"}', '--val_data_path=')
     assert status == 0 and 'warning: harmful: all rows are alike, so those held out are trained on' in err
+
+
+def test_a_merge_that_adds_nothing_is_a_fault_in_half_precision_too(tmp_path, monkeypatch):
+    source, merge = make_model_dir(tmp_path / 'bf16', torch.bfloat16), cb_train.merge
+    model = cb_train.load_decoder(source, 3, 'auto', 'cpu')
+    loras = cb_train.add_lora(model, ['q_proj', 'v_proj'], range(3), 4, 4, 0.0)
+    torch.manual_seed(0)
+    for lora in loras.values():
+        torch.nn.init.normal_(lora.lora_B, std=1.0)
+    with torch.no_grad():
+        frozen, adapted = cb_train.reference_and_adapted(model, loras, cb_train.PROBE)
+    c = types.SimpleNamespace(dtype='auto', device='cpu', fsdp=False, chat_template='')
+    arguments = source, str(tmp_path / 'merged'), loras, frozen, adapted, 3, cb_train.base_files(source), c
+    assert cb_train.save_merged(*arguments) < 0.05
+    monkeypatch.setattr(cb_train, 'merge', lambda model_dir, output_dir, deltas: merge(model_dir, output_dir, {}))
+    with pytest.raises(SystemExit) as stop:
+        cb_train.save_merged(*arguments)
+    assert 'away from the adapted one: not moved' in str(stop.value)
 
 
 @pytest.mark.parametrize('divisor', ['real', 'published'])
