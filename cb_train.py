@@ -14,7 +14,7 @@ With soft_contexts, an adversary's soft tokens stand in the requests of some har
 retain_noise, benign states are held in place where noise moves the request, too; with strange, harmful ones are pushed
 away behind words that noise moves.
 
-    python cb_train.py config/toy.py                            # a laptop, 3 minutes, after: python data_prep.py toy
+    python cb_train.py config/toy.py                            # a laptop, 2 minutes, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150         # a GPU
     torchrun --nproc_per_node=8 cb_train.py config/llama3.py    # 8 GPUs: each computes its share of every step's rows
     python cb_train.py config/llama3.py --resume=True           # after a crash or Ctrl-C

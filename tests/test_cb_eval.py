@@ -789,7 +789,7 @@ def test_a_batch_answers_as_one_prompt_at_a_time_does_from_ids_and_from_embeddin
     assert together == data_prep.complete(model, tokenizer, soft, 8, 2)
 
 
-TINY = ['--max_new_tokens=4', '--device=cpu', '--embedding_steps=2', '--embedding_answers=2', '--gcg_steps=1',
+TINY = ['--max_new_tokens=4', '--device=cpu', '--embedding_steps=2', '--embedding_answers=1', '--gcg_steps=1',
         '--gcg_width=4', '--best_of_n=3', '--finetune_steps=1',
         '--eval_batch_size=4', '--num_optimized=1', '--suffix_words=yes no', '--suffix_start=red red']
 

@@ -1316,7 +1316,7 @@ def test_two_ranks_move_the_adversary_as_one_process_does(run, arguments, tmp_pa
 
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds the ranks in /proc')
 def test_a_run_whose_rank_is_killed_and_that_is_stopped_by_a_signal_ends_at_once_and_resumes_to_the_same_bytes(arguments, tmp_path):
-    arguments = [*arguments, '--max_steps=60', '--save_interval=5', '--eval_interval=40', '--fsdp=True']
+    arguments = [*arguments, '--max_steps=40', '--save_interval=5', '--eval_interval=30', '--fsdp=True']
     out, whole = tmp_path / 'out', forked(2, *arguments, f'--output_dir={tmp_path / "whole"}')
     process = torchrun(2, *arguments)
     wait_for_steps(process, out, 8)
@@ -1331,7 +1331,7 @@ def test_a_run_whose_rank_is_killed_and_that_is_stopped_by_a_signal_ends_at_once
     assert process.wait(20) == 1 and len(said(out)) == 1 and said(out)[0].startswith('SIGTERM: step ') and '--resume=True' in said(out)[0]
 
     assert ended(forked(2, *arguments, '--resume=True')) == ended(whole) == [0, 0]
-    assert records_of(out) == records_of(tmp_path / 'whole') and len(records_of(out)) == 60
+    assert records_of(out) == records_of(tmp_path / 'whole') and len(records_of(out)) == 40
     ours, theirs = ((folder / 'adapter' / 'adapter_model.safetensors').read_bytes() for folder in (out, tmp_path / 'whole'))
     assert ours == theirs
 
