@@ -439,8 +439,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         figures = totals.view(len(streams), -1).tolist()  # of each stream the loss, then a cosine for each layer
         seen = [name for name, ranks in zip(SIGNALS, arrived.tolist()) if ranks]
         buffer /= scale
-        trained = optimizer.param_groups[0]['params']
-        record['grad_norm'] = torch.nn.utils.clip_grad_norm_(trained, c.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]['params'], c.max_grad_norm)
+        record['grad_norm'] = norm.item()
         for stream, (loss, *cosines) in zip(streams, figures):
             prefix, tokens, coefficient = stream.prefix, count(rows[stream.name]), stream.coefficient(step)
             loss, cos = loss / stream.divisor(rows[stream.name]), sum(cosines) / len(cosines) / tokens
@@ -936,8 +936,9 @@ def load_sets(c, tokenizer):
         def to_row(messages, where):
             lengths = c.cb_lengths if name == 'harmful' else (0, 0)
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
-            tail = template_ends(tokenizer, tokenizer.chat_template)[1]  # cut off where the request was
-            end = min(len(ids), max(head, answer - len(tail) * (ids[answer - len(tail):answer] == tail)))
+            tail = template_ends(tokenizer, tokenizer.chat_template)[1]
+            behind = len(tail) if ids[answer - len(tail):answer] == tail else 0  # 0: the request was cut
+            end = min(len(ids), max(head, answer - behind))
             told = answer + c.opening if name == 'harmful' else answer
             noisy = (head, head) if name == 'harmful' else (1, end)  # the first token is, in many models, a sink
             return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, end, noisy=noisy)
@@ -991,7 +992,8 @@ def save_merged(model_dir, partial, loras, frozen, adapted, blocks, base, c):
                  'would mix two models; put it back and go on with --resume=True, or start anew')
     merge(model_dir, partial, {name: lora.delta for name, lora in loras.items()})
     if c.chat_template:
-        shutil.copyfile(c.chat_template, os.path.join(partial, 'chat_template.jinja'))
+        with open(os.path.join(partial, 'chat_template.jinja'), 'w', encoding='utf-8') as f:
+            f.write(open(c.chat_template, encoding='utf-8-sig').read())
     merged = load_decoder(partial, blocks, c.dtype, 'cpu' if c.fsdp else c.device, mapped=c.fsdp)
     with torch.no_grad():
         found = hidden_states(merged, PROBE.to(merged.device))

@@ -175,6 +175,8 @@ def checked(value, default):
     """A value as the type of default (1 for a float, 1e3 for an int, 0 for a bool); raises if it is none."""
     if isinstance(default, list) and isinstance(value, (list, tuple, range)):
         return [checked(element, (default or [0])[0]) for element in value]
+    if isinstance(value, str):
+        value.encode()  # a ValueError if it is no Unicode
     typed = type(default)(value)
     if typed != value or value in (math.inf, -math.inf) or isinstance(value, bool) and not isinstance(default, bool):
         raise ValueError
@@ -184,7 +186,6 @@ def checked(value, default):
 def parsed(text, default):
     """The text behind --key= as a Python value: a text, a list, a bool or a number; ValueError if it is none."""
     if isinstance(default, str):
-        text.encode()  # a ValueError if it is no Unicode
         return text
     if isinstance(default, list):
         parts = re.sub(r'^\[(.*)\]$', r'\1', text.strip()).split(',')

@@ -248,8 +248,8 @@ def file_rows(path):
             with open(path, encoding='utf-8-sig', newline='') as f:  # csv reads line ends itself
                 rows = list(enumerate(csv.DictReader(f, delimiter=',' if ending == '.csv' else '\t', strict=True), 1))
             for number, row in rows:
-                if None in row:
-                    fail(f'{path}: row {number}: more cells than the header has; a text with commas wants quotes')
+                if any(row.pop(None, [])):  # all but the empty ones at a line's end
+                    fail(f'{path}: row {number}: more cells than the header has; quote texts that hold a separator')
         else:
             rows = json_rows(open(path, encoding='utf-8-sig').read())
     except (OSError, ValueError, RecursionError, NotImplementedError, csv.Error) as e:  # pyarrow's are such, too

@@ -368,6 +368,8 @@ def test_check_names_every_bad_row_and_reports_the_lengths_of_a_good_file(run, m
     path.write_text('{"prompt": "a b c", "response": "yes"}\n{"prompt": "", "output": "yes"}\n')
     assert 'words: median 2, 95th percentile 4' in run('data_prep.py', 'check', path)[1]
     path = tmp_path / 'mine.CSV'  # read as .csv is
+    path.write_text('prompt,response\n"red, blue",yes,\n')
+    assert run('data_prep.py', 'check', path)[0] == 0
     path.write_text('prompt,response\nSECRET, tea and coffee?,yes\n"red, blue",yes\n')
     status, _, err = run('data_prep.py', 'check', path)
     assert status == 2 and err.count('\n') == 1 and 'row 1: more cells than the header' in err and 'SECRET' not in err
