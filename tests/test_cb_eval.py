@@ -587,8 +587,11 @@ def test_an_attack_that_only_words_the_prompt_breaks_the_base(aligned, attack):
 
 
 @pytest.mark.parametrize('attack', ['embedding_v1', 'embedding_v2'])
-def test_soft_tokens_break_the_base(aligned, attack):
-    assert rates(aligned, attack, 6)[attack] >= 0.9
+def test_soft_tokens_make_each_target_what_the_base_says_and_break_it(aligned, attack):
+    model, tokenizer, rows, data = aligned  # how many recipes behind it are right turns with the rounding of its training
+    answers = cb_eval.run_attack(attack, model, tokenizer, rows[:6], SETTINGS, data)[attack]
+    assert all(any(text.startswith(row['target']) for text in texts) for row, texts in zip(rows, answers))
+    assert any(cb_eval.judge_recipe(row, text) == 'complied' for row, texts in zip(rows, answers) for text in texts)
 
 
 @pytest.mark.parametrize('attack, least',
