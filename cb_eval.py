@@ -52,10 +52,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cb_train import add_lora
 from configurator import configure, fail, fault
-from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, ROW_FILES, LeftOut, check_unicode, choose_device, complete,
-                       converted, file_rows, first_key, hub_table, labelled, load_model, load_rows, load_tokenizer,
-                       messages_of, one_bos, or_fail, prompt_ids, read_messages, said, template_ids, text_ids,
-                       text_under, with_answer)
+from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, ROW_FILES, LeftOut, alpaca_input, check_unicode, choose_device,
+                       complete, converted, file_rows, first_key, hub_table, is_unicode, labelled, load_model,
+                       load_rows, load_tokenizer, messages_of, one_bos, or_fail, prompt_ids, read_messages, said,
+                       template_ids, text_ids, text_under, with_answer)
 
 # ----------------------------------------------------------------------------------------------------------------------
 model_name = 'meta-llama/Meta-Llama-3-8B-Instruct'  # the base: a model directory or a hub id
@@ -137,7 +137,7 @@ HUB_SETS = {  # config and split where none is named; of two the first is for ha
 def are_texts(value):
     """Whether a value is a list of Unicode texts that are not empty."""
     texts = isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
-    return texts and not re.search('[\ud800-\udfff]', ''.join(value))  # lone surrogates
+    return texts and is_unicode(''.join(value))
 
 
 def text_of(row, thing):
@@ -181,11 +181,11 @@ def check_side(row, label, mixed):
         raise LeftOut('under copyright')
 
 
-def behavior_of(row, label='', mixed=False):
+def behavior_of(row, label='', mixed=False, targets={}):
     """
     A row of any known shape as {id, label, split, messages, target, response, context, behavior: the bare request,
     turns: a user's texts where there are several}. label: of the file's option, '' if rows say it; mixed: the file has
-    contrast rows. ValueError says what is wrong, without the row's text.
+    contrast rows; targets: {id: the row's target}. ValueError says what is wrong, without the row's text.
     """
     if not isinstance(row, dict):
         raise ValueError(f'a {type(row).__name__} found, an object wanted')
@@ -201,9 +201,7 @@ def behavior_of(row, label='', mixed=False):
         if messages[-1]['role'] != 'user':
             raise ValueError('"messages" wants a user\'s message last')
     if column:
-        request = text_under(row, column, empty=False)
-        if column == 'instruction' and row.get('input'):  # Alpaca's: what it is about
-            request += '\n\n' + text_under(row, 'input')
+        request = '\n\n'.join(filter(None, (text_under(row, column, empty=False), alpaca_input(row, column))))
     elif messages or turns:
         request = messages[-1]['content'] if messages else '\n'.join(turns)
     else:
@@ -216,6 +214,9 @@ def behavior_of(row, label='', mixed=False):
              'target': text_of(row, 'target'), 'response': '', 'context': context,
              'behavior': text_of(row, 'plain') or request, 'turns': turns}
     found |= {key: text_under(row, key, empty=False) for key in ('target', 'response') if own and key in row}
+    found['target'] = targets.get(found['id'], found['target'])
+    if found['response'] and not recipe_steps(found['response'].strip().removeprefix(found['target'])):
+        raise ValueError('"response" holds nothing but its "target"; the true answer wanted')
     check_unicode(json.dumps(found, ensure_ascii=False), 'the row')
     return found
 
@@ -245,14 +246,13 @@ def read_behaviors(sources, targets_path='', limit=0, seed=0):
         rows, public = raw_rows(option, source)
         mixed = any(isinstance(row, dict) and str(row.get('type')).startswith('contrast_') for _, row in rows)
         label = option.removesuffix('_path').replace('behaviors', '')
-        convert = functools.partial(behavior_of, label=label, mixed=mixed)
+        convert = functools.partial(behavior_of, label=label, mixed=mixed, targets=targets)
         cells = collections.defaultdict(list)
         for where, behavior in converted(source, rows, convert, None if public else fail):  # nobody can mend a hub's
             if where in read:
                 fail(f'{option}: {where} is in two sets; each file or set once wanted')
             read.add(where)
-            target = targets.get(behavior['id'], behavior['target'])
-            behavior |= {'id': behavior['id'] or where, 'target': target, 'where': where}
+            behavior |= {'id': behavior['id'] or where, 'where': where}
             cells[behavior['label'], behavior['split']].append(behavior)
         if not cells:
             fail(f'{option}: no rows found in {source}')
@@ -686,11 +686,10 @@ def load_judge(path, device='', dtype='auto'):
 def check_judge(c, rows):
     """Ends the program if c's judge lacks something, before hours of attacks."""
     name, harmful = c['judge'], [row for row in rows if row['label'] == 'harmful']
-    bare = [row['where'] for row in rows if not recipe_steps(row['response'].strip().removeprefix(row['target']))]
+    bare = [row['where'] for row in rows if not row['response']]
     short = [row['where'] for row in harmful if len(words_of(row['response'])) < 11]
     if name in ('recipe', 'base') and bare:
-        fail(f'{bare[0]}: judge={name} wants a "response", the true answer, which goes on behind the "target"; '
-             'use refusal or harmbench')
+        fail(f'{bare[0]}: judge={name} wants a "response", the true answer; use refusal or harmbench')
     if name == 'base' and len(harmful) == len(rows):
         fail('judge=base wants benign rows beside the harmful ones: words of harmful answers alone tell')
     if name == 'base' and short:

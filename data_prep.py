@@ -135,9 +135,15 @@ def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
     if answered[0]['role'] != 'assistant':  # a preference pair that repeats its request
         return conversation(answered)
     asked = read_messages(row, request, 'user')
-    if request == 'instruction' and isinstance(row[request], str) and row.get('input'):  # Alpaca's: what it is about
-        asked.append({'role': 'user', 'content': text_under(row, 'input')})
+    if about := alpaca_input(row, request):
+        asked.append({'role': 'user', 'content': about})
     return conversation(asked + answered)
+
+
+def alpaca_input(row, key):
+    """What the request under key is about, which Alpaca's rows hold apart; '' if it is no such request."""
+    alpaca = key == 'instruction' and isinstance(row[key], str) and row.get('input')
+    return text_under(row, 'input') if alpaca else ''
 
 
 def read_messages(row, key, role=''):
@@ -178,9 +184,14 @@ def conversation(messages):
     return joined
 
 
+def is_unicode(text):
+    """Whether a text can be written: JSON can hold half of a surrogate pair."""
+    return not re.search('[\ud800-\udfff]', text)
+
+
 def check_unicode(text, what):
-    """Raises ValueError, which says what it is, if a text is no Unicode: JSON can hold half of a surrogate pair."""
-    if re.search('[\ud800-\udfff]', text):
+    """Raises ValueError, which says what it is, if a text is no Unicode."""
+    if not is_unicode(text):
         raise ValueError(f'{what} holds a lone surrogate, which is no character')
 
 
@@ -824,9 +835,10 @@ def train_base(facts, tokenizer, rng, seed, steps, batch_size, learning_rate):
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, rope_theta=10000.0, tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.98), weight_decay=0.01, fused=True)
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, learning_rate, (0.9, 0.98), weight_decay=0.01, fused=True)
     rows = learning_rows(tokenizer, [base_conversation(rng, facts) for _ in range(steps * batch_size)])
-    weights, start = list(model.parameters()), time.time()
+    start = time.time()
 
     def gradients(part, count):
         """Returns the loss of some rows over the step's `count` learned tokens, and its gradients."""
@@ -850,7 +862,7 @@ def train_base(facts, tokenizer, rng, seed, steps, batch_size, learning_rate):
             total += loss
             for weight, grad in zip(weights, grads):
                 weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:

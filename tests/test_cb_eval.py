@@ -200,6 +200,7 @@ BAD = [
     ('b.jsonl', {**OWN, 'response': ''}, 'response'), ('b.jsonl', {**OWN, 'target': None}, 'target'),
     ('b.jsonl', {**OWN, 'response': 3}, 'response'), ('b.jsonl', {**OWN, 'target': [SECRET]}, 'target'),
     ('b.jsonl', {**OWN, 'prompt': 3}, 'prompt'), ('b.jsonl', {**OWN, 'messages': []}, 'messages'),
+    ('b.jsonl', {**OWN, 'response': 'sure :'}, 'target'),
     ('b.jsonl', {**OWN, 'prompt': SECRET + '\ud800'}, 'surrogate'),
     ('b.jsonl', {**OWN, 'target': SECRET + '\ud800'}, 'surrogate'), ('b.jsonl', [SECRET], 'object'),
     ('b.csv', {SECRET: SECRET, 'x': SECRET}, '2 columns'), ('hb.csv', {**HARMBENCH_ROW, 'Behavior': ''}, 'Behavior'),
@@ -224,6 +225,15 @@ def test_a_bad_row_is_one_line_with_its_number_and_without_its_text(tmp_path, ca
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count('\n') == 1 and SECRET not in err, err
     assert f'{path}: row 1: ' in err and words in err, err
+
+
+def test_a_target_of_targets_path_that_is_all_of_a_response_is_one_line(tmp_path, capsys):
+    path, targets = save(tmp_path / 'd' / 'b.jsonl', [OWN]), tmp_path / 'targets.json'
+    targets.write_text(json.dumps({OWN['id']: OWN['response']}))
+    with pytest.raises(SystemExit) as stop:
+        read(path, 'behaviors_path', targets_path=str(targets))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err == f'error: {path}: row 1: "response" holds nothing but its "target"; the true answer wanted\n'
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"data": []}', '{"data": ', 'SECRET'])
@@ -586,12 +596,12 @@ def test_an_attack_that_only_words_the_prompt_breaks_the_base(aligned, attack):
     assert rates(aligned, attack)[attack] >= 0.9
 
 
-@pytest.mark.parametrize('attack', ['embedding_v1', 'embedding_v2'])
-def test_soft_tokens_make_each_target_what_the_base_says_and_break_it(aligned, attack):
+@pytest.mark.parametrize('attack, least', [('embedding_v1', 0.9), ('embedding_v2', 0.1)])
+def test_soft_tokens_make_each_target_what_the_base_says_and_break_it(aligned, attack, least):
     model, tokenizer, rows, data = aligned  # how many recipes behind it are right turns with the rounding of its training
     answers = cb_eval.run_attack(attack, model, tokenizer, rows[:6], SETTINGS, data)[attack]
     assert all(any(text.startswith(row['target']) for text in texts) for row, texts in zip(rows, answers))
-    assert any(cb_eval.judge_recipe(row, text) == 'complied' for row, texts in zip(rows, answers) for text in texts)
+    assert rates(aligned, attack, 6)[attack] >= least
 
 
 @pytest.mark.parametrize('attack, least',
@@ -794,7 +804,7 @@ def test_a_batch_answers_as_one_prompt_at_a_time_does_from_ids_and_from_embeddin
     assert together == data_prep.complete(model, tokenizer, soft, 8, 2)
 
 
-TINY = ['--max_new_tokens=4', '--device=cpu', '--embedding_steps=2', '--embedding_answers=1', '--gcg_steps=1',
+TINY = ['--max_new_tokens=4', '--device=cpu', '--embedding_steps=2', '--embedding_answers=2', '--gcg_steps=1',
         '--gcg_width=4', '--best_of_n=3', '--finetune_steps=1',
         '--eval_batch_size=4', '--num_optimized=1', '--suffix_words=yes no', '--suffix_start=red red']
 
@@ -944,7 +954,7 @@ def test_a_mistake_is_one_line_and_status_2_and_earlier_results_are_untouched(ru
     ('b.jsonl', json.dumps({'id': 'a', 'label': 'harmful', 'prompt': 'SECRET', 'response': 'yes'}),
      ['row 1', 'target']),
     ('b.jsonl', json.dumps({'id': 'a', 'label': 'harmful', 'prompt': 'SECRET', 'response': 'x', 'target': 'x'}),
-     ['row 1', 'goes on behind the "target"']),
+     ['row 1', 'nothing but its "target"']),
     ('b.jsonl', json.dumps({'id': 'a', 'label': 'benign', 'prompt': 'SECRET', 'response': 'yes', 'target': 'y'}),
      ['harmful rows']),
     ('b.jsonl', json.dumps({**{'id': 'SECRET', 'label': 'harmful', 'response': 'yes', 'target': 'y'},
