@@ -294,23 +294,6 @@ def reference_and_adapted(model, loras, ids, noise=None, soft=None):
     return h, hidden_states(model, ids, sum(moved) if moved else None)
 
 
-def soft_context(soft, rows, length):
-    """
-    Returns what the adversary adds to the embeddings of Rows padded to a length, (B, T, D): of soft[slot], (S, D), as
-    many as the row has, where its request ends; zeros elsewhere.
-    """
-    return torch.stack([F.pad(soft[row.slot, :row.soft], (0, 0, row.end, length - row.end - row.soft)) for row in rows])
-
-
-def request_noise(rows, length, width, most):
-    """
-    Returns what is added to the embeddings of Rows padded to a length, (B, T, D): in half of the rows normal noise at
-    the noisy places, its size drawn from 0 to `most`. A word that no row has is much like a known one with noise.
-    """
-    noisy = torch.tensor([[[row.noisy[0] <= i < row.noisy[1]] for i in range(length)] for row in rows])  # (B, T, 1)
-    return most * F.relu(2 * torch.rand(len(rows), 1, 1) - 1) * torch.randn(len(rows), length, width) * noisy
-
-
 def cosine(h, h_lora):
     """Returns cos(h', h) of each token, (B, T) float32, of states (B, T, D); in bfloat16 it would be off by 0.008."""
     h, h_lora = h.float(), h_lora.float()
@@ -624,6 +607,23 @@ def with_soft_tokens(rows, words, c, rng):
             tokens = rng.choices(words, k=rng.randint(1, c.soft_tokens))
             attacked[slot] = inserted(row, row.end, row.end, tokens)._replace(soft=len(tokens), slot=slot)
         yield attacked.get(slot, row)
+
+
+def soft_context(soft, rows, length):
+    """
+    Returns what the adversary adds to the embeddings of Rows padded to a length, (B, T, D): of soft[slot], (S, D), as
+    many as the row has, where its request ends; zeros elsewhere.
+    """
+    return torch.stack([F.pad(soft[row.slot, :row.soft], (0, 0, row.end, length - row.end - row.soft)) for row in rows])
+
+
+def request_noise(rows, length, width, most):
+    """
+    Returns what is added to the embeddings of Rows padded to a length, (B, T, D): in half of the rows normal noise at
+    the noisy places, its size drawn from 0 to `most`. A word that no row has is much like a known one with noise.
+    """
+    noisy = torch.tensor([[[row.noisy[0] <= i < row.noisy[1]] for i in range(length)] for row in rows])  # (B, T, 1)
+    return most * F.relu(2 * torch.rand(len(rows), 1, 1) - 1) * torch.randn(len(rows), length, width) * noisy
 
 
 # ---- several ranks ---------------------------------------------------------------------------------------------------

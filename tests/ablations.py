@@ -63,6 +63,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'an adversary in three quarters of the rows': '--soft_contexts=0.75',
     'tokens that nobody moves': '--soft_steps=1',
     'an adversary starts at words': '--soft_start=0',
+    'an adversary of twice the steps': '--soft_lr=0.28',
     'scrambled 0.4': '--scrambled=0.4',
     'no scrambled rows': '--scrambled=0',
     'nothing strange': '--strange=0',
