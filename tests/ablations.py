@@ -80,6 +80,8 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     '150 steps': '--max_steps=150',
     'rank 32': '--lora_r=32 --lora_alpha=32',
     'seven modules': '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj',
+    'seven modules, learning rate 1e-3': '--learning_rate=1e-3 '
+                                         '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj',
     'target layers 2, 3, 4, 5': '--target_layers=2,3,4,5',
     'loss: random': '--cb_loss=random',
     'no borderline rows in retain': '--retain_data_path={w}/retain_without_borderline.jsonl',
