@@ -45,6 +45,7 @@ COLUMNS = [('wrapper', 'harmful', 'wrapper', 'complied'), ('prefill', 'harmful',
            ('benign in a conversation', 'benign', 'multi_turn', 'complied'),
            ('recognising in a conversation', 'borderline_heldout', 'multi_turn', 'complied')]
 SCALES = {'states 10 times as large': 10, 'states 1000 times as large': 1000}  # of config/toy.py, in its units
+SEVEN = '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
 VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
     'plain rerouting': '--contexts=own --retain_contexts=own --loss_on=all --opening=0 --broken=0 --soft_contexts=0 '
@@ -63,7 +64,7 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'an adversary in three quarters of the rows': '--soft_contexts=0.75',
     'tokens that nobody moves': '--soft_steps=1',
     'an adversary starts at words': '--soft_start=0',
-    'an adversary of twice the steps': '--soft_lr=0.28',
+    'an adversary of twice the step size': '--soft_lr=0.28',
     'scrambled 0.4': '--scrambled=0.4',
     'no scrambled rows': '--scrambled=0',
     'nothing strange': '--strange=0',
@@ -79,9 +80,8 @@ VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'constant rate': '--lr_scheduler=constant',
     '150 steps': '--max_steps=150',
     'rank 32': '--lora_r=32 --lora_alpha=32',
-    'seven modules': '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj',
-    'seven modules, learning rate 1e-3': '--learning_rate=1e-3 '
-                                         '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj',
+    'seven modules': SEVEN,
+    'seven modules, learning rate 1e-3': f'{SEVEN} --learning_rate=1e-3',
     'target layers 2, 3, 4, 5': '--target_layers=2,3,4,5',
     'loss: random': '--cb_loss=random',
     'no borderline rows in retain': '--retain_data_path={w}/retain_without_borderline.jsonl',
