@@ -37,7 +37,6 @@ import datetime
 import functools
 import gc
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -61,7 +60,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+from transformers.utils import is_flash_attn_2_available
 
 from configurator import (catch_signals, check_output, configure, fail, fault, last_word, locked, publish,
                           stop_at_signals, write_json)
@@ -146,8 +146,8 @@ save_interval = 50               # >= 1: steps between two checkpoints
 class LoRALinear(nn.Module):
     """
     A frozen linear layer plus a trainable low-rank delta: W x + B A dropout(x) * scale   (arXiv 2106.09685).
-    lora_A (r, in) is Kaiming-uniform, drawn on the CPU, the same for every device; lora_B (out, r) is zero; both are
-    float32. scale = unit * alpha / r. `enabled = False` gives the base bit for bit.
+    lora_A (r, in) is Kaiming-uniform, drawn on the CPU, the same for every device; lora_B (out, r) is zero until
+    draw_start; both are float32. scale = unit * alpha / r. `enabled = False` gives the base bit for bit.
     """
 
     def __init__(self, base, r, alpha, dropout, unit=1.0):
@@ -174,7 +174,8 @@ def add_lora(model, target_modules, layers, r, alpha, dropout, relative=False):
     """
     Freezes the model, wraps the named linears of the given blocks in place and returns {linear's name: LoRALinear}.
     relative: a delta's unit is the root mean square of its weight over 0.02, as most families initialise it, so that
-    one learning rate fits models whose weights differ in scale (SmolLM2's are ten times as large).
+    one learning rate fits models whose weights differ in scale (SmolLM2's are ten times as large). ONE RANK FOR ALL:
+    another for some is a change in check_model, save_adapter and read_adapter, too.
     """
     model.requires_grad_(False)
     loras = {}
@@ -208,7 +209,7 @@ class Row(typing.NamedTuple):
     where: str           # 'FILE: row N'
     end: int = 0         # where its last request ends
     soft: int = 0        # how many soft tokens of the adversary stand there,
-    slot: int = 0        # and of which of its slots
+    slot: int = 0        # and which of its vectors they are: see add_adversary
     noisy: tuple = 0, 0  # from where to where noise may move it
 
 
@@ -217,10 +218,10 @@ PHANTOM = Row([0], [0], '')  # what a rank computes that has no row left
 
 def token_mask(ids, stream, loss_on, head, answer):
     """
-    Returns which tokens of a row its stream's loss counts, (T,) of 0 and 1; stream: 'retain' or 'harmful'. CHANGE A
-    MASK HERE. head: where a row's first word stands, behind what the chat template writes (BOS, a system prompt): both
-    sets share that, and both losses would pull at it, so the cb loss leaves it out. answer: where the last answer
-    stands, a harmful one's behind its `opening`.
+    Returns which tokens of a row count in its stream's loss, (T,) of 0 and 1; stream: 'retain', 'harmful' or your own.
+    CHANGE A MASK HERE (`broken` wants one that goes to the row's end). head: where a row's first word stands, behind
+    what the chat template writes (BOS, a system prompt): both sets share that, and both losses would pull at it, so the
+    cb loss leaves it out. answer: where the last answer stands, a harmful one's behind its `opening`.
     """
     first = head if stream == 'harmful' else 0
     if loss_on == 'response' or (loss_on == 'harmful_response' and stream == 'harmful'):
@@ -326,7 +327,7 @@ def rerouting_loss(h, h_lora, mask, layers, leak=0.0):
 
 
 def coefficients(step, lorra_alpha, schedule_steps, stop=1.0):
-    """Returns (retain, cb) at an optimizer step, both lorra_alpha if schedule_steps is 0 (section 3 of the paper)."""
+    """Returns (retain, cb) at a step (section 3 of the paper); without a schedule, of 0 steps, both are lorra_alpha."""
     if not schedule_steps:
         return lorra_alpha, lorra_alpha
     p = min(step / schedule_steps, stop)
@@ -351,8 +352,8 @@ class Stream(typing.NamedTuple):
 def make_streams(c, rows, held_out, blocks, embeddings, soft=None):
     """Returns a run's streams; rows, held_out: {name: [Row]}; embeddings (V, D). ADD A STREAM HERE."""
     ticks = (c.schedule_steps or c.max_steps) if c.use_dynamic_scheduling else 0
-    published = lambda rows: len(rows) * c.max_seq_length * (blocks + 1) / blocks  # pads and the embedding, as zeros
-    noise = c.retain_noise * root_mean_square(embeddings)
+    published = lambda rows: len(rows) * c.max_seq_length * (blocks + 1) / blocks  # with pads and embedding
+    noise = c.retain_noise * root_mean_square(embeddings)  # of harmful rows, it moves the words of `strange`
     return [
         Stream('retain', 'retain', rows['retain'], held_out['retain'], layers=range(1, blocks + 1),
                loss=functools.partial(retain_loss, relative=c.retain_distance == 'relative', smooth=c.retain_smooth),
@@ -383,6 +384,7 @@ def run_stream(model, loras, stream, batches, c, weight=None):
             (weight * loss).backward()
         with torch.no_grad():
             sums += torch.stack([loss, *((cosine(h[l], h_lora[l]) * mask).sum() for l in c.target_layers)])
+        del h, h_lora, loss  # before the next ones are made
     return sums
 
 
@@ -392,7 +394,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
     save(state) keeps a checkpoint; log: an open file. A step's gradients, the sums of its losses and the signals that
     arrived are one buffer, summed over the ranks once. Dropout is a function of seed, rank and step.
     """
-    parameters = [p for group in optimizer.param_groups for p in group['params']]  # the adversary's last
+    parameters = [p for group in optimizer.param_groups for p in group['params']]  # group 1: add_adversary
     sizes = [*(p.numel() for p in parameters), len(streams) * (1 + len(c.target_layers)), len(SIGNALS)]
     buffer = torch.zeros(sum(sizes), device=c.device)
     *gradients, totals, arrived = buffer.split(sizes)
@@ -435,7 +437,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         optimizer.param_groups[0]['lr'] = c.learning_rate * left
         optimizer.step()
 
-        # the log, a validation pass, the verdict
+        # the log, a validation pass (of the LoRA after this step), the verdict
         last = step == c.max_steps - 1
         validates = last or step % c.eval_interval == 0
         if validates or step % c.log_interval == 0:
@@ -493,7 +495,8 @@ def merge(model_dir, output_dir, deltas):
 # ======================================================================================================================
 
 TORCH_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
-ENDINGS = ('.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt', '.partial')
+ENDINGS = ('.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.onnx_data', '.ckpt',
+           '.partial')
 OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'generations.jsonl')
 CHECKPOINT = 'checkpoint.pt'
 MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interval', 'eval_interval', 'save_interval',
@@ -517,7 +520,10 @@ def rmu_loss(h, h_lora, mask, layers, direction):
 
 
 def make_cb_loss(c, width, leak):
-    """Returns the loss that cb_loss names. ADD A CB LOSS HERE, and to its choices in the comment of the option."""
+    """
+    Returns the loss that cb_loss names; leak is for rerouting_loss. ADD A CB LOSS HERE, and to its choices in the
+    comment of the option.
+    """
     u = F.normalize(torch.rand(width, generator=torch.Generator().manual_seed(c.seed)), dim=0).to(c.device)
     losses = {'rr': functools.partial(rerouting_loss, leak=leak) if leak else rerouting_loss,
               'random': functools.partial(random_direction_loss, direction=u),
@@ -637,14 +643,17 @@ def summed(tensor):
 
 def shard(model, device):
     """
-    Divides the frozen blocks among the ranks (FSDP2): each holds 1 / ranks of the weights, and one block more while it
-    computes. They come mapped from load_decoder, one by one, so that no memory has to hold the model; LoRA stays whole
-    on each rank.
+    Divides the frozen blocks among the ranks (FSDP2): each holds 1 / ranks of the weights, and two blocks more while it
+    computes. They come mapped from load_decoder, one by one, so that no memory has to hold the model, but for experts,
+    which transformers stacks. LoRA, embedding and norm stay whole on each rank.
     """
     mesh = dist.init_device_mesh(device.partition(':')[0], (dist.get_world_size(),))
     for block in model.layers:
         lora = {p for p in block.parameters() if p.requires_grad}
         fully_shard(block.to(device), mesh=mesh, reshard_after_forward=True, ignored_params=lora)
+    its_class = type(model)
+    fully_shard(model, mesh=mesh, ignored_params=set(model.parameters()))  # the root fetches blocks ahead,
+    model.__class__ = its_class  # and by the name of its own class transformers finds its hidden states
 
 
 # ---- what a step says ------------------------------------------------------------------------------------------------
@@ -731,9 +740,10 @@ def load_decoder(model_dir, blocks, dtype, device, mapped=False):
     config, total = truncated_config(model_dir, blocks)
     stored = str(getattr(config, 'dtype', None) if dtype == 'auto' else dtype).rpartition('.')[2]
     half, attention = stored in ('bfloat16', 'float16'), None  # transformers' own choice
+    architecture = MODEL_MAPPING[type(config)]
     if half and device == 'cpu':
         attention = 'eager'  # sdpa's backward pass is slow there
-    elif half and device.startswith('cuda') and importlib.util.find_spec('flash_attn'):
+    elif half and device.startswith('cuda') and is_flash_attn_2_available() and architecture._supports_flash_attn:
         attention = 'flash_attention_2'
     model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, attn_implementation=attention,
                                               use_safetensors=True, output_loading_info=True)
@@ -742,9 +752,10 @@ def load_decoder(model_dir, blocks, dtype, device, mapped=False):
     wrong = [*report['missing_keys'], *report['mismatched_keys'], *unexpected]
     if wrong:
         fail(f'{model_dir}: {len(wrong)} weights are missing or do not fit, the first is {wrong[0]}')
-    for module in model.children():
-        if module is not model.layers or not mapped:
-            module.to(device)
+    blocks = model.layers
+    model.layers = nn.ModuleList() if mapped else blocks
+    model.to(device)
+    model.layers = blocks
     return model.eval()
 
 
@@ -1035,6 +1046,7 @@ if __name__ == '__main__':
     c.device = choose_device(c.device)
     if world > 1 and c.device == 'cuda':
         c.device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    if c.device.startswith('cuda'):
         torch.cuda.set_device(c.device)
     c.micro_batch_tokens = c.micro_batch_tokens or (512 if c.device == 'cpu' else 2048)
     shapes, blocks = check_model(model_dir, c)
@@ -1047,6 +1059,7 @@ if __name__ == '__main__':
              'rows': hashlib.sha256(json.dumps(ids_and_masks).encode()).hexdigest(), 'base': base_files(model_dir),
              'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
     if saved:
+        state['base'] = state['base'] if rank == 0 else saved['state']['base']  # another machine's copy has other times
         check_same_run(checkpoint_path, saved['state'], state)
         state = saved['state']
     if dist.is_initialized():

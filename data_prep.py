@@ -127,16 +127,19 @@ def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
     """A row's conversation: its list of messages, or its request and an answer. LeftOut for tool calls; ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f'a {type(row).__name__} found, an object wanted')
-    if listed := first_key(row, MESSAGE_LISTS):
-        return conversation(read_messages(row, listed))
-    request = first_key(row, REQUESTS, 'prompt')
-    answer = first_key(row, (*answers, *ANSWERS_OF.get(request, ())), 'response')
-    answered = read_messages(row, answer, 'assistant')
+    listed, request = first_key(row, MESSAGE_LISTS), first_key(row, REQUESTS, 'prompt')
+    asked = read_messages(row, listed) if listed else []
+    answer = first_key(row, (*answers, *ANSWERS_OF.get(request, ())))
+    is_pair = first_key(row, ('chosen', 'rejected')) is not None  # beside it, a list holds the request or one side
+    if asked and not (answer and (is_pair or asked[-1]['role'] == 'user')):
+        return conversation(asked)
+    answered = read_messages(row, answer or 'response', 'assistant')
     if answered[0]['role'] != 'assistant':  # a preference pair that repeats its request
         return conversation(answered)
-    asked = read_messages(row, request, 'user')
-    if about := alpaca_input(row, request):
-        asked.append({'role': 'user', 'content': about})
+    if not asked or asked[-1]['role'] == 'assistant':
+        asked = read_messages(row, request, 'user')
+        if about := alpaca_input(row, request):
+            asked.append({'role': 'user', 'content': about})
     return conversation(asked + answered)
 
 
@@ -149,6 +152,7 @@ def alpaca_input(row, key):
 def read_messages(row, key, role=''):
     """The messages that a row lists under key; if a role is given, a text there is the one message of that role."""
     listed = row.get(key)
+    listed = [listed] if role and isinstance(listed, dict) else listed  # one message
     if role and not isinstance(listed, list):
         return [{'role': role, 'content': text_under(row, key, empty=role == 'user')}]
     if not isinstance(listed, list) or not listed:
@@ -354,9 +358,10 @@ def control_texts(tokenizer, template):  # its own, which may be changed: a key 
     marks = [f'said{i}here' for i in range(4)]
     rendered = tokenizer.apply_chat_template(turns(marks[:2], marks[2:]), tokenize=False)
     between = re.split('|'.join(marks), rendered)[1:-1]
-    found = {piece for text in between for piece in text.split() if re.search(r'[^\w\s]', piece)}
-    found |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted((text for text in found if text.strip()), key=lambda text: (-len(text), text))
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    cut = '|'.join([r'\s', *map(re.escape, sorted(special, key=len, reverse=True))])
+    found = {piece for text in between for piece in re.split(cut, text) if re.search(r'[^\w\s]', piece)} | special
+    return sorted(filter(str.strip, found), key=lambda text: (-len(text), text))
 
 
 def said(tokenizer, messages):
@@ -376,16 +381,22 @@ def one_bos(tokenizer, ids):
     return bos + ids if ids[:1] != bos and tokenizer('')['input_ids'][:1] == bos else ids
 
 
-def template_ids(tokenizer, messages, answer=True):
-    """A conversation as token ids (a list); answer=False: up to the last answer. ValueError if the template refuses."""
-    messages = messages if answer else messages[:-1]
+def template_ids(tokenizer, messages):
+    """
+    Messages as token ids (a list), behind a user's last turn up to where the answer begins. ValueError if the template
+    refuses them, or drops the system message once the request is answered (Mistral's v0.3).
+    """
+    asks = messages[-1]['role'] == 'user'
     try:
-        ids = tokenizer.apply_chat_template(said(tokenizer, messages), add_generation_prompt=not answer,
-                                            return_dict=False, enable_thinking=False)  # the last: Qwen3's alone
+        text = tokenizer.apply_chat_template(said(tokenizer, messages), tokenize=False, add_generation_prompt=asks,
+                                             enable_thinking=False)  # Qwen3's alone
     except Exception as e:  # jinja's, raised by the template itself
         roles = ', '.join(message['role'] for message in messages[:3])
         raise ValueError(f'the chat template refuses the conversation, of roles {roles} ({type(e).__name__})') from e
-    return one_bos(tokenizer, ids)
+    first = said(tokenizer, messages[:1])[0]
+    if not asks and first['role'] == 'system' and first['content'].strip() not in text:
+        raise ValueError('the chat template drops the system message of an answered request; put it into the request')
+    return one_bos(tokenizer, text_ids(tokenizer, text))
 
 
 def text_ids(tokenizer, text):
@@ -395,8 +406,7 @@ def text_ids(tokenizer, text):
 
 def prompt_ids(tokenizer, messages, start=''):
     """Messages, a user's last, as token ids up to where the answer begins, and those of `start`, its given start."""
-    ids = template_ids(tokenizer, [*messages, {'role': 'assistant', 'content': ''}], answer=False)
-    return ids + text_ids(tokenizer, start) if start else ids
+    return template_ids(tokenizer, messages) + (text_ids(tokenizer, start) if start else [])
 
 
 def load_tokenizer(model_dir, chat_template='', date=''):
@@ -433,7 +443,7 @@ def template_ends(tokenizer, template):
 def with_answer(tokenizer, messages):
     """A conversation as token ids, and where its last answer starts: where the request, put alone, ceases to agree."""
     ids = template_ids(tokenizer, messages)
-    return ids, len(commonprefix([ids, template_ids(tokenizer, messages, answer=False)]))
+    return ids, len(commonprefix([ids, template_ids(tokenizer, messages[:-1])]))
 
 
 def encode(tokenizer, messages, max_seq_length, lengths=(0, 0)):

@@ -229,12 +229,30 @@ def test_in_half_precision_flash_attention_is_asked_for_on_a_gpu_that_has_it_and
         asked.append(attn_implementation)
         raise KeyboardInterrupt
     monkeypatch.setattr(cb_train.AutoModel, 'from_pretrained', load)
-    for there in (None, 'there'):
-        monkeypatch.setattr('importlib.util.find_spec', lambda name: there)
+    for there in (False, True):
+        monkeypatch.setattr(cb_train, 'is_flash_attn_2_available', lambda: there)
         for dtype, device in (('bfloat16', 'cuda'), ('float16', 'cuda:1'), ('float32', 'cuda'), ('bfloat16', 'cpu')):
             with pytest.raises(KeyboardInterrupt):
                 cb_train.load_decoder(model_dir, 3, dtype, device)
     assert asked == [None] * 3 + ['eager'] + ['flash_attention_2'] * 2 + [None, 'eager']
+    monkeypatch.setattr(transformers.LlamaModel, '_supports_flash_attn', False)
+    with pytest.raises(KeyboardInterrupt):
+        cb_train.load_decoder(model_dir, 3, 'bfloat16', 'cuda')
+    assert asked[-1] is None
+
+
+def test_what_a_model_keeps_beside_its_modules_goes_to_the_device_and_mapped_blocks_stay_on_the_cpu(model_dir, monkeypatch):
+    real = cb_train.AutoModel.from_pretrained
+
+    def load(*more, **named):
+        model, report = real(*more, **named)
+        model.register_parameter('scale', torch.nn.Parameter(torch.ones(1)))  # as Zaya's
+        return model, report
+    monkeypatch.setattr(cb_train.AutoModel, 'from_pretrained', load)
+    for mapped in (False, True):
+        model = cb_train.load_decoder(model_dir, 2, 'float32', 'meta', mapped)
+        assert {model.scale.device.type, model.embed_tokens.weight.device.type, model.norm.weight.device.type} == {'meta'}
+        assert {p.device.type for p in model.layers.parameters()} == {'cpu' if mapped else 'meta'} and len(model.layers) == 2
 
 
 def test_checkpointing_and_the_seed_give_the_same_bytes(run, arguments, tmp_path):
@@ -1381,7 +1399,7 @@ def test_sharded_blocks_have_the_same_losses_bit_for_bit_and_the_same_gradients_
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
-def test_sharded_blocks_gather_their_weights_once_a_pass_forward_and_once_backward(adapted, group, monkeypatch, checkpointing):
+def test_sharded_blocks_gather_their_weights_once_a_pass_forward_and_once_backward_and_one_more(adapted, group, monkeypatch, checkpointing):
     import torch.distributed as dist
     model, loras, rows = adapted
     if checkpointing:
@@ -1396,4 +1414,4 @@ def test_sharded_blocks_gather_their_weights_once_a_pass_forward_and_once_backwa
     h, h_lora = cb_train.reference_and_adapted(model, loras, ids)
     assert len(gathers) == 2 * 3  # a reference pass and an adapted one, three blocks each
     cb_train.retain_loss(h, h_lora, mask, [1, 2, 3]).backward()
-    assert len(gathers) == 3 * 3
+    assert len(gathers) == 3 * 3 + 1  # and the reference pass's last block, ahead: FSDP thinks that it comes next

@@ -191,7 +191,12 @@ CALL = {'role': 'assistant', 'content': None, 'tool_calls': [{'name': 'f'}]}
     ({'chosen': [user(P), answer(C)], 'rejected': [user(P), answer(R)]}, R, C),
     ({'prompt': P, 'chosen': [user(P), answer(C)], 'rejected': [user(P), answer(R)]}, R, C),
     ({'prompt': [user(P)], 'chosen': [answer(C)], 'rejected': [answer(R)]}, R, C),
-    ({'prompt': P, 'chosen': [answer(C)], 'rejected': [answer(R)]}, R, C)])
+    ({'prompt': P, 'chosen': [answer(C)], 'rejected': [answer(R)]}, R, C),
+    ({'prompt': P, 'chosen': [user(P), answer(C)], 'rejected': [user(P), answer(R)],  # UltraFeedback's: the chosen side
+      'messages': [user(P), answer(C)]}, R, C),
+    ({'conversations': [{'from': 'human', 'value': P}], 'chosen': {'from': 'gpt', 'value': C},
+      'rejected': {'from': 'gpt', 'value': R}}, R, C),
+    ({'messages': [user(P)], 'response': R}, R, R)])
 def test_every_published_column_name_is_understood_on_its_side(row, harmful, benign):
     for answers, want in zip(BOTH, (harmful, benign)):
         if want:
@@ -476,6 +481,21 @@ def test_bos_is_written_exactly_once_whatever_the_template_does(model_dir):
         data_prep.template_ids(tokenizer, talk)
 
 
+def test_a_template_that_drops_the_system_message_of_an_answered_request_is_one_line(model_dir):
+    from transformers import AutoTokenizer
+    tokenizer, talk = AutoTokenizer.from_pretrained(model_dir), data_prep.turns(('red', 'yes'))
+    want = data_prep.with_answer(tokenizer, talk)
+    tokenizer.chat_template = (  # as Mistral's v0.3: only the last message, a request, brings it
+        "{{ bos_token }}{% for m in messages if m.role != 'system' %}{{ ' <' + m.role + '> ' }}{% if loop.last and "
+        "m.role == 'user' and messages[0].role == 'system' %}{{ messages[0].content + ' ' }}{% endif %}"
+        "{{ m.content + ' <end>' }}{% endfor %}{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}")
+    assert data_prep.with_answer(tokenizer, talk) == want
+    words = tokenizer.decode(data_prep.template_ids(tokenizer, [system('two'), user('red')]))
+    assert words == '<bos> <user> two red <end> <assistant>'
+    with pytest.raises(ValueError, match='drops the system message'):
+        data_prep.with_answer(tokenizer, [system('two'), *talk])
+
+
 @pytest.fixture
 def templated(model_dir, tmp_path):
     """templated(text): a model directory whose tokenizer has this chat template, or none for None."""
@@ -535,6 +555,8 @@ CHAT = {  # templates as the families have them, by special tokens and by plain 
                "{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}",
     'inst': "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ ' [INST] ' + m.content + ' [/INST]' }}"
             "{% else %}{{ ' ' + m.content + ' <end>' }}{% endif %}{% endfor %}",
+    'glued': "{% for m in messages %}{% if m.role == 'user' %}{{ '<bos>[INST] ' + m.content + ' [/INST]' }}"  # Llama-2's
+             "{% else %}{{ ' ' + m.content + ' <end>' }}{% endif %}{% endfor %}",
     'words': "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + ' ' }}{% endfor %}"
              "{% if add_generation_prompt %}ASSISTANT: {% endif %}"}
 
