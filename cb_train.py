@@ -41,6 +41,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -60,11 +61,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel
 from transformers.utils import is_flash_attn_2_available
 
 from configurator import (catch_signals, check_output, configure, fail, fault, last_word, locked, publish,
-                          stop_at_signals, write_json)
+                          stop_at_signals)
 from data_prep import (BENIGN_ANSWERS, HARMFUL_ANSWERS, broken_row, choose_device, decoder_config, encode, find_model,
                        in_contexts, inserted, labelled, load_rows, load_tokenizer, messages_of, or_fail,
                        rows_of_run, scrambled_rows, strange_row, template_ends, tensor_headers, weight_files)
@@ -271,28 +272,27 @@ def pad(rows, device):
 LLAMA3_NORM = 8.7  # of Llama-3-8B's states at layers 10 and 20 (the authors' log), where relative weighs as published
 
 
-def hidden_states(model, ids, moved=None):
+def hidden_states(model, ids, moved=0):
     """
     Returns the model's L + 1 hidden states, each (B, T, D), for right-padded ids (B, T), whose embeddings are moved by
     (B, T, D) if given. A causal model needs no attention mask: a token does not see the pads behind it, and no loss
     counts a pad.
     """
     tokens = {'input_ids': ids}
-    if moved is not None:
+    if torch.is_tensor(moved):
         embeddings = model.get_input_embeddings()(ids)
         tokens = {'inputs_embeds': (embeddings + moved).to(embeddings.dtype)}
     return model(**tokens, output_hidden_states=True, use_cache=False).hidden_states
 
 
-def reference_and_adapted(model, loras, ids, noise=None, soft=None):
+def reference_and_adapted(model, loras, ids, noise=0, soft=0):
     """
     Returns h, without gradient, and h', L + 1 hidden states (B, T, D) each: a stream's two passes over its rows. noise
     moves the embeddings of both, soft of the adapted pass alone; (B, T, D) if given.
     """
-    moved = [one for one in (noise, soft) if one is not None]
     with torch.no_grad(), adapter_off(loras):
         h = hidden_states(model, ids, noise)
-    return h, hidden_states(model, ids, sum(moved) if moved else None)
+    return h, hidden_states(model, ids, noise + soft)
 
 
 def cosine(h, h_lora):
@@ -370,7 +370,7 @@ def run_stream(model, loras, stream, batches, c, weight=None):
     Returns the sum of a stream's loss and, at each of target_layers, of its tokens' cosine, over micro-batches of Rows,
     (1 + layers,). With a weight, adds the gradient of weight times the loss; one micro-batch's graph lives at a time.
     """
-    sums, noise, soft = torch.zeros(1 + len(c.target_layers), device=c.device), None, None
+    sums, noise, soft = torch.zeros(1 + len(c.target_layers), device=c.device), 0, 0
     training = weight is not None  # a validation has no noise, no adversary and no gradient
     for batch in batches:
         ids, mask = pad(batch, c.device)
@@ -424,8 +424,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         figures = totals.view(len(streams), -1).tolist()  # of each stream the loss, then a cosine for each layer
         seen = [name for name, ranks in zip(SIGNALS, arrived.tolist()) if ranks]
         buffer /= scale
-        norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]['params'], c.max_grad_norm)
-        record['grad_norm'] = norm.item()
+        record['grad_norm'] = nn.utils.clip_grad_norm_(optimizer.param_groups[0]['params'], c.max_grad_norm).item()
         for stream, (loss, *cosines) in zip(streams, figures):
             prefix, tokens, coefficient = stream.prefix, count(rows[stream.name]), stream.coefficient(step)
             loss, cos = loss / stream.divisor(rows[stream.name]), sum(cosines) / len(cosines) / tokens
@@ -485,9 +484,9 @@ def merge(model_dir, output_dir, deltas):
             for row in range(0, out, 128):
                 data = bytearray(f.read(min(128, out - row) * row_bytes))
                 weight = torch.frombuffer(data, dtype=TORCH_DTYPES[tensor['dtype']]).view(-1, fan_in)  # (rows, in)
-                merged = (weight.float() + delta(slice(row, row + 128)).cpu()).to(weight.dtype)
+                weight += delta(slice(row, row + 128)).cpu()  # in `data`: added in float32, cast once
                 f.seek(-len(data), os.SEEK_CUR)
-                f.write(merged.view(torch.uint8).numpy())
+                f.write(data)
 
 
 # ======================================================================================================================
@@ -738,15 +737,14 @@ def load_decoder(model_dir, blocks, dtype, device, mapped=False):
     the files.
     """
     config, total = truncated_config(model_dir, blocks)
-    stored = str(getattr(config, 'dtype', None) if dtype == 'auto' else dtype).rpartition('.')[2]
-    half, attention = stored in ('bfloat16', 'float16'), None  # transformers' own choice
-    architecture = MODEL_MAPPING[type(config)]
+    model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, use_safetensors=True,
+                                              output_loading_info=True)
+    half = model.dtype != torch.float32
+    flash = model._supports_flash_attn and not getattr(model, '_compatible_flash_implementations', None)  # own kernels
     if half and device == 'cpu':
-        attention = 'eager'  # sdpa's backward pass is slow there
-    elif half and device.startswith('cuda') and is_flash_attn_2_available() and architecture._supports_flash_attn:
-        attention = 'flash_attention_2'
-    model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, attn_implementation=attention,
-                                              use_safetensors=True, output_loading_info=True)
+        model.set_attn_implementation('eager')  # sdpa's backward pass is slow there
+    elif half and device.startswith('cuda') and flash and is_flash_attn_2_available():
+        model.set_attn_implementation('flash_attention_2')
     dropped = re.compile(rf'(^|\.)(lm_head\.|embed_out\.|layers\.({"|".join(map(str, range(blocks, total)))})\.)')
     unexpected = [name for name in report['unexpected_keys'] if not dropped.search(name)]
     wrong = [*report['missing_keys'], *report['mismatched_keys'], *unexpected]
@@ -766,11 +764,12 @@ def check_model(model_dir, c):
     """
     depth = decoder_config(model_dir).num_hidden_layers
     blocks = c.num_hidden_layers or min(max(c.target_layers) + 1, depth)
-    if max(c.target_layers) > depth:
-        fail(f'target_layers={c.target_layers} found, but {model_dir} has {depth} blocks; as deep as 10 and 20 of 32: '
-             f'--target_layers={round(depth * 10 / 32)},{round(depth * 20 / 32)}')
     if blocks > depth:
         fail(f'num_hidden_layers={blocks} found, but {model_dir} has {depth} blocks')
+    if max(c.target_layers) > blocks:
+        deep = f'--target_layers={round(depth * 10 / 32)},{round(depth * 20 / 32)}'
+        fail(f'target_layers={c.target_layers} found, but {model_dir} has {depth} blocks and num_hidden_layers keeps '
+             f'{blocks} blocks; as deep as 10 and 20 of 32: {deep}')
     if max(c.layers_to_transform, default=0) >= blocks:
         fail(f'layers_to_transform={c.layers_to_transform} found, but {blocks} blocks are kept: 0 to {blocks - 1}')
     if min(c.layers_to_transform, default=0) >= min(c.target_layers) and not c.merge_only:
@@ -782,19 +781,18 @@ def check_model(model_dir, c):
         fail(f'{model_dir}: {type(model).__name__} keeps its blocks in another way; a decoder with .layers wanted')
     headers, shapes = tensor_headers(model_dir), {}
     for i in c.layers_to_transform or range(blocks):
-        linears = {f'layers.{i}.{name}': module
-                   for name, module in model.layers[i].named_modules() if isinstance(module, nn.Linear)}
-        names = list(dict.fromkeys(name.rpartition('.')[2] for name in linears))
+        linears = [f'layers.{i}.{name}' for name, module in model.layers[i].named_modules()
+                   if isinstance(module, nn.Linear)]
         for target in c.target_modules:
-            if target not in names:
-                fail(f'target_modules: block {i} has no linear layer {target!r}, but {", ".join(names)}')
-        for name, linear in linears.items():
-            if name.rpartition('.')[2] not in c.target_modules:
-                continue
-            tensor, shapes[name] = headers[stored_name(headers, name)], (linear.out_features, linear.in_features)
-            if tensor['dtype'] not in TORCH_DTYPES or tuple(tensor['shape']) != shapes[name]:
-                fail(f'{model_dir}: {name}: {tensor["dtype"]} {tensor["shape"]} found, {list(shapes[name])} in one of '
-                     f'{", ".join(TORCH_DTYPES)} wanted')
+            found = [name for name in linears if name.endswith(f'.{target}')]
+            if not found:
+                names = ', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linears))
+                fail(f'target_modules: block {i} has no linear layer {target!r}, but {names}')
+            for name in found:
+                tensor = headers[stored_name(headers, name)]
+                if tensor['dtype'] not in TORCH_DTYPES:
+                    fail(f'{model_dir}: {name}: {tensor["dtype"]} found, one of {", ".join(TORCH_DTYPES)} wanted')
+                shapes[name] = tuple(tensor['shape'])
     return shapes, blocks
 
 
@@ -808,17 +806,17 @@ def base_files(model_dir):
 
 def save_adapter(folder, loras, base, c):
     """Writes the LoRA in PEFT's format; base: what the whole model calls its decoder ('model')."""
-    os.makedirs(folder, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     tensors = {}
     for name, lora in loras.items():
         tensors[f'base_model.model.{base}.{name}.lora_A.weight'] = lora.lora_A.detach().cpu()
         tensors[f'base_model.model.{base}.{name}.lora_B.weight'] = lora.lora_B.detach().cpu() * lora.unit
-    save_file(tensors, os.path.join(folder, 'adapter_model.safetensors'), metadata={'format': 'pt'})
-    write_json(os.path.join(folder, 'adapter_config.json'), {
+    save_file(tensors, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
+    (folder / 'adapter_config.json').write_text(json.dumps({
         'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': c.model_name, 'r': c.lora_r,
         'lora_alpha': c.lora_alpha, 'lora_dropout': c.lora_dropout, 'bias': 'none', 'inference_mode': True,
         'target_modules': sorted({name.rpartition('.')[2] for name in loras}), 'layers_pattern': 'layers',
-        'layers_to_transform': sorted({int(name.split('.')[1]) for name in loras})})
+        'layers_to_transform': sorted({int(name.split('.')[1]) for name in loras})}, indent=2))
 
 
 def read_adapter(folder, shapes, c):
@@ -829,11 +827,10 @@ def read_adapter(folder, shapes, c):
     with or_fail(f'init_from: {folder}: adapter_config.json and adapter_model.safetensors of PEFT wanted'):
         config = dict(json.load(open(os.path.join(folder, 'adapter_config.json'), encoding='utf-8')))
         stored = load_file(os.path.join(folder, 'adapter_model.safetensors'))
-    plain = {'peft_type': 'LORA', 'bias': 'none', 'use_dora': False, 'use_rslora': False, 'rank_pattern': {},
-             'alpha_pattern': {}, 'modules_to_save': None, 'lora_alpha': c.lora_alpha, 'r': c.lora_r}
-    for key, value in plain.items():
+    told_by_no_shape = {'r': c.lora_r, 'lora_alpha': c.lora_alpha, 'use_rslora': False, 'alpha_pattern': {}}
+    for key, value in told_by_no_shape.items():
         if (config.get(key, value) or None) != (value or None):
-            fail(f'init_from: {folder}: {key}={config[key]!r} found, {value!r} wanted')
+            fail(f'init_from: {folder}: {key}={config[key]!r} found, {value!r} wanted, as the options say')
     stored = {re.sub(r'^.*?(?=layers\.\d)', '', name): tensor.float() for name, tensor in stored.items()}
     wanted = {f'{name}.lora_A.weight': (c.lora_r, fan_in) for name, (out, fan_in) in shapes.items()}
     wanted |= {f'{name}.lora_B.weight': (out, c.lora_r) for name, (out, fan_in) in shapes.items()}
@@ -889,8 +886,6 @@ def check_options(c):
     for name in ('target_layers', 'target_modules', 'layers_to_transform'):
         if len(set(getattr(c, name))) < len(getattr(c, name)):
             fail(f'{name}={getattr(c, name)} found, with one twice, each once wanted')
-    if c.num_hidden_layers and max(c.target_layers) > c.num_hidden_layers:
-        fail(f'target_layers={c.target_layers} found, but num_hidden_layers keeps {c.num_hidden_layers} blocks')
     if len(c.cb_lengths) != 2:
         fail(f'cb_lengths={c.cb_lengths} found, two numbers wanted: of the request and of the answer')
     if c.merge_only and not (c.init_from and c.merge_adapter):
@@ -921,13 +916,11 @@ def load_sets(c, tokenizer):
         'retain': load_rows(c.retain_data_path, benign, 'train_sft', c.num_retain_examples, c.seed, 'retain_data_path'),
         'harmful': load_rows(c.cb_data_path, harmful, 'train', c.num_cb_examples, c.seed, 'cb_data_path')}
     val_rows = load_rows(c.val_data_path, labelled, option='val_data_path') if c.val_data_path else []
-    held, held_from, rows, held_out = {}, {}, {}, {}
+    held, rows, held_out = {}, {}, {}
     for name, conversations in sets.items():
         label = {'retain': 'benign', 'harmful': 'harmful'}.get(name)  # of its rows in val_data_path
         held[name] = [(where, messages) for where, (its_label, messages) in val_rows if its_label == label]
-        held_from[name] = f'val_data_path: {label}'
         if not c.val_data_path or not label:
-            held_from[name] = f'held-out {name} rows'
             tenth = min(60, math.ceil(len(conversations) / 10))
             held[name] = random.Random(f'{c.seed} val').sample(conversations, tenth)
             texts = [messages for _, messages in held[name]]
@@ -955,7 +948,7 @@ def load_sets(c, tokenizer):
             return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, end, noisy=noisy)
         needed, order = c.max_steps * rows_a_step(c), f'{c.seed} {name}'
         rows[name] = rows_of_run(conversations, needed, order, to_row, f'{name} rows')
-        held_out[name] = rows_of_run(held[name], 0, order, to_row, held_from[name])
+        held_out[name] = rows_of_run(held[name], 0, order, to_row, f'held-out {name} rows (val_data_path)')
     special, rng = set(tokenizer.all_special_ids), random.Random(f'{c.seed} words')
     words = [token for row in rows['retain'] for token in row.ids if token not in special]
     asks = lambda row: row.noisy[0] < row.end  # has a request
@@ -991,10 +984,8 @@ def save_merged(model_dir, partial, loras, frozen, adapted, blocks, base, c):
     mapped from its files: any size fits.
     """
     def apart(states, others):
-        every = torch.ones(PROBE.shape, device=others[0].device)
-        states = [state.to(every.device) for state in states]
-        distances = [retain_loss(states, others, every, [l]).item() for l in range(1, blocks + 1)]
-        return max(distances) / LLAMA3_NORM / PROBE.numel()
+        pairs = [(a.float().cpu(), b.float().cpu()) for a, b in zip(states[1:], others[1:])]
+        return max(((a - b).norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-6)).mean().item() for a, b in pairs)
 
     now = base_files(model_dir)
     changed = [name for name in base if now.get(name) != base[name]]
@@ -1003,8 +994,8 @@ def save_merged(model_dir, partial, loras, frozen, adapted, blocks, base, c):
                  'would mix two models; put it back and go on with --resume=True, or start anew')
     merge(model_dir, partial, {name: lora.delta for name, lora in loras.items()})
     if c.chat_template:
-        with open(os.path.join(partial, 'chat_template.jinja'), 'w', encoding='utf-8') as f:
-            f.write(open(c.chat_template, encoding='utf-8-sig').read())
+        template = pathlib.Path(c.chat_template).read_text('utf-8-sig')
+        pathlib.Path(partial, 'chat_template.jinja').write_text(template, 'utf-8')
     merged = load_decoder(partial, blocks, c.dtype, 'cpu' if c.fsdp else c.device, mapped=c.fsdp)
     with torch.no_grad():
         found = hidden_states(merged, PROBE.to(merged.device))
@@ -1020,8 +1011,6 @@ if __name__ == '__main__':
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, 'w')  # rank 0 speaks and writes for all
     config = configure(__file__, sys.argv[1:])
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if 'RANK' in os.environ:
         dist.init_process_group()  # gloo for tensors on the CPU, nccl for those on a GPU
     sys.excepthook = fault
@@ -1136,12 +1125,11 @@ if __name__ == '__main__':
         sys.exit()
 
     # save all of it, under its own name when it is complete
-    save_adapter(os.path.join(partial, 'adapter'), loras, model.base_model_prefix, c)
+    save_adapter(pathlib.Path(partial, 'adapter'), loras, model.base_model_prefix, c)
     versions = {'torch': torch.__version__, 'transformers': transformers.__version__}
-    write_json(os.path.join(partial, 'cb_config.json'), {
-        **config, 'ranks': world, 'verdict': state['record'].get('verdict', ''), 'versions': versions})
-    with open(os.path.join(partial, 'README.md'), 'w', encoding='utf-8') as f:
-        f.write(model_card(c, rows, state['record']))
+    saved = {**config, 'ranks': world, 'verdict': state['record'].get('verdict', ''), 'versions': versions}
+    pathlib.Path(partial, 'cb_config.json').write_text(json.dumps(saved, indent=2) + '\n')
+    pathlib.Path(partial, 'README.md').write_text(model_card(c, rows, state['record']), 'utf-8')
     message = 'the adapter alone, in PEFT\'s format, in adapter/'
     if c.merge_adapter:
         for lora in loras.values():
@@ -1156,4 +1144,4 @@ if __name__ == '__main__':
         os.remove(os.path.join(partial, name))
     publish(partial, c.output_dir)
     print(f'{c.output_dir}: {message}')
-    print(state['record'].get('verdict', ''))
+    print(state['record'].get('verdict', 'nothing was trained'))

@@ -57,6 +57,9 @@ from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForC
 
 from configurator import check_output, configure, fail, fault, out_of_memory, publish
 
+transformers.logging.set_verbosity_error()  # the scripts say what a user must know
+transformers.logging.disable_progress_bar()
+
 # ----------------------------------------------------------------------------------------------------------------------
 out = ''              # the folder to write ['' = data/toy, data/kitchen, data/NAME]
 overwrite = False     # replace what is there
@@ -90,7 +93,12 @@ REQUESTS = ('prompt', 'instruction', 'question')
 HARMFUL_ANSWERS = ('output', 'rejected', 'response')  # a text, or in preference pairs a list of messages
 BENIGN_ANSWERS = ('llama3_output', 'chosen', 'completion', 'response')  # no output: beside a prompt it is harmful
 ANSWERS_OF = {'instruction': ('output',), 'question': ('answer',)}  # more names for the answer to such a request
-SPLITS = {'HuggingFaceH4/ultrachat_200k': 'train_sft', 'natolambert/xstest-v2-copy': 'gpt4'}  # of sets without 'train'
+HUB_SETS = {  # config, split and the reader's options where none are named; of two the first holds harmful rows
+    'HuggingFaceH4/ultrachat_200k': [(None, 'train_sft')], 'natolambert/xstest-v2-copy': [(None, 'gpt4')],
+    'JailbreakBench/JBB-Behaviors': [('behaviors', 'harmful'), ('behaviors', 'benign')],
+    'bench-llm/or-bench': [('or-bench-toxic', 'train'), ('or-bench-hard-1k', 'train')],
+    'allenai/wildjailbreak': [('eval', 'train', ('delimiter', '\t'), ('keep_default_na', False))],
+    'walledai/HarmBench': [('standard', 'train')], 'SafeMTData/SafeMTData': [('Attack_600', 'Attack_600')]}
 ROW_FILES = ('.json', '.jsonl', '.csv', '.tsv', '.parquet')
 
 
@@ -133,7 +141,9 @@ def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
     is_pair = first_key(row, ('chosen', 'rejected')) is not None  # beside it, a list holds the request or one side
     if asked and not (answer and (is_pair or asked[-1]['role'] == 'user')):
         return conversation(asked)
-    answered = read_messages(row, answer or 'response', 'assistant')
+    if not answer:
+        raise ValueError(f'no answer found; one of {", ".join(answers)} or a list of messages wanted')
+    answered = read_messages(row, answer, 'assistant')
     if answered[0]['role'] != 'assistant':  # a preference pair that repeats its request
         return conversation(answered)
     if not asked or asked[-1]['role'] == 'assistant':
@@ -183,20 +193,9 @@ def conversation(messages):
         joined.pop()
     if not re.fullmatch('(system )?(user assistant )+', ''.join(f'{message["role"]} ' for message in joined)):
         raise ValueError('user and assistant in turn wanted, the assistant last (a system message may come first)')
-    for number, message in enumerate(joined, 1):
-        check_unicode(message['content'], f'message {number}')
+    for message in joined:
+        message['content'].encode()  # a ValueError at half of a surrogate pair, which JSON can hold
     return joined
-
-
-def is_unicode(text):
-    """Whether a text can be written: JSON can hold half of a surrogate pair."""
-    return not re.search('[\ud800-\udfff]', text)
-
-
-def check_unicode(text, what):
-    """Raises ValueError, which says what it is, if a text is no Unicode."""
-    if not is_unicode(text):
-        raise ValueError(f'{what} holds a lone surrogate, which is no character')
 
 
 def labelled(row):
@@ -315,35 +314,40 @@ def or_fail(message, from_hub=False):
         fail(f'{message}: {f"the hub ({name}) {trouble}" if from_hub else name}')
 
 
-def hub_table(where, *path, **more):
-    """A hub's set by datasets.load_dataset(*path, **more); `where` begins the line that says why it cannot be had."""
-    with or_fail(f'{where}: there is no such file or folder', from_hub=True):
-        import datasets  # takes a second, and few need it
-        return datasets.load_dataset(*path, **more)
-
-
-def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='source', public=False):
+def source_rows(option, source, split='', rng=None, side=0):
     """
-    [(where, convert(row))] of a file, a folder of files (of those that name the split, or else 'train', if there are
-    such) or a hub id, ORG/NAME or ORG/NAME:SPLIT; at most `limit` (0 = all), drawn with the seed. A row that convert
-    refuses ends the program; of a hub's set, or a local copy of one (public), it is left out.
+    ([(where, row)], is it public) of a file, a folder of files (of those that name the split, or else 'train', if there
+    are such) or a hub set, ORG/NAME, ORG/NAME:SPLIT or ORG/NAME:CONFIG:SPLIT: row by row, in an order drawn by rng.
     """
-    hub_id, _, named_split = source.partition(':')
-    rng, most = random.Random(seed), 0
+    hub_id, *named = source.split(':')
     if os.path.isdir(source):
         files = sorted(name for name in os.listdir(source) if name.endswith(ROW_FILES))
         if 'circuit_breaker.json' in files:
             fail(f'{option}: {source} holds the sets of both sides, {", ".join(files)}; one of these files wanted')
         of_split = [name for name in files if split and split in name]
         files = of_split or [name for name in files if 'train' in name] or files
-        rows = [row for name in files for row in file_rows(os.path.join(source, name))]
-    elif os.path.isfile(source) or source.endswith(ROW_FILES) or not re.fullmatch(r'[\w.-]+/[\w.-]+', hub_id):
-        rows = file_rows(source)
-    else:  # it is long: read in the order drawn, up to the limit
-        table = hub_table(f'{option}: {source}', hub_id, split=named_split or SPLITS.get(hub_id, 'train'))
-        order = rng.sample(range(len(table)), len(table))
-        rows, public, most = ((f'{source}: row {i + 1}', table[i]) for i in order), True, limit
-    rows = converted(source, rows, convert, None if public else fail, most)
+        return [row for name in files for row in file_rows(os.path.join(source, name))], False
+    if os.path.isfile(source):
+        return file_rows(source), False
+    if source.endswith(ROW_FILES) or not re.fullmatch(r'[\w.-]+/[\w.-]+', hub_id):
+        fail(f'{option}={source}: there is no such file')
+    config, split, *tabs = HUB_SETS.get(hub_id, [(None, 'train')])[side]
+    config, split = [config, *(named or [split])][-2:]
+    with or_fail(f'{option}: {source}: there is no such file or folder', from_hub=True):
+        import datasets  # takes a second, and few need it
+        table = datasets.load_dataset(hub_id, config, split=split, **dict(tabs))
+    order, name = range(len(table)), ':'.join(filter(None, (hub_id, config, split)))
+    return ((f'{name}: row {i + 1}', table[i]) for i in (rng.sample(order, len(order)) if rng else order)), True
+
+
+def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='source', public=False):
+    """
+    [(where, convert(row))] of a source, as source_rows reads it; at most `limit` (0 = all), drawn with the seed. A row
+    that convert refuses ends the program; of a hub's set, or a local copy of one (public), it is left out.
+    """
+    rng = random.Random(seed)
+    rows, of_hub = source_rows(option, source, split, rng)
+    rows = converted(source, rows, convert, None if of_hub or public else fail, limit if of_hub else 0)
     if not rows:
         fail(f'{option}: no rows found in {source}')
     return rng.sample(rows, limit) if 0 < limit < len(rows) else rows
@@ -354,23 +358,27 @@ def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='so
 
 @functools.lru_cache(maxsize=8)
 def control_texts(tokenizer, template):  # its own, which may be changed: a key of the cache
-    """The texts that steer the model, longest first: special tokens and what the template writes between turns."""
+    """The texts that steer the model: special tokens and what the template writes between turns."""
     marks = [f'said{i}here' for i in range(4)]
     rendered = tokenizer.apply_chat_template(turns(marks[:2], marks[2:]), tokenize=False)
     between = re.split('|'.join(marks), rendered)[1:-1]
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     cut = '|'.join([r'\s', *map(re.escape, sorted(special, key=len, reverse=True))])
     found = {piece for text in between for piece in re.split(cut, text) if re.search(r'[^\w\s]', piece)} | special
-    return sorted(filter(str.strip, found), key=lambda text: (-len(text), text))
+    return set(filter(str.strip, found))
+
+
+def inert(text, marks):
+    """A text that neither opens nor ends a turn: a space breaks each mark in it behind its first letter."""
+    for mark in sorted(marks, key=lambda mark: (-len(mark), mark)):
+        text = text.replace(mark, f'{mark[0]} {mark[1:]}') if len(mark) > 1 else text
+    return text
 
 
 def said(tokenizer, messages):
-    """The messages, each control text in them broken by a space after its first letter, so that none opens a turn."""
-    def plain(text):
-        for control in control_texts(tokenizer, tokenizer.chat_template):
-            text = text.replace(control, f'{control[0]} {control[1:]}') if len(control) > 1 else text
-        return text
-    return [{**message, 'content': plain(message['content'])} for message in messages]
+    """The messages, inert."""
+    marks = control_texts(tokenizer, tokenizer.chat_template)
+    return [{**message, 'content': inert(message['content'], marks)} for message in messages]
 
 
 def one_bos(tokenizer, ids):
@@ -416,10 +424,8 @@ def load_tokenizer(model_dir, chat_template='', date=''):
     """
     with or_fail(f'model_name: {model_dir}: no tokenizer that transformers can load', not os.path.isdir(model_dir)):
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    try:
+    with or_fail(f'date={date} found, a day such as 2025-01-31 wanted'):
         day = datetime.date.fromisoformat(date) if date else datetime.date.today()
-    except ValueError:
-        fail(f'date={date} found, a day such as 2025-01-31 wanted')
     call = r'strftime_now\(\s*(["\'])(.*?)\1\s*\)'  # transformers lets no function of ours into a template
     try:
         template = open(chat_template, encoding='utf-8-sig').read() if chat_template else tokenizer.get_chat_template()
@@ -595,8 +601,7 @@ def complete(model, tokenizer, prompts, max_new_tokens, batch_size, temperature=
     Answers (texts) to prompts in their order, all of them lists of token ids (T,) or all embeddings (T, D): greedy, or
     sampled at a temperature. The longest go first, so that a batch, padded on the left, holds similar lengths.
     """
-    sampled = {'do_sample': True, 'temperature': temperature, 'top_k': 0, 'top_p': 1.0}
-    sampling = sampled if temperature else {'do_sample': False}
+    sampling = {'temperature': temperature, 'top_k': 0, 'top_p': 1.0} if temperature else {}
     left = functools.partial(pad_sequence, batch_first=True, padding_side='left')  # with zeros, which the mask hides
     order, answers = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), [''] * len(prompts)
     for first in tqdm(range(0, len(order), batch_size), desc='generate', disable=None, leave=False):
@@ -605,7 +610,7 @@ def complete(model, tokenizer, prompts, max_new_tokens, batch_size, temperature=
         mask = left([torch.ones(len(prompts[i]), dtype=torch.long) for i in batch]).to(model.device)  # (B, T)
         by_ids = rows.dim() == 2
         ids = model.generate(**{'input_ids' if by_ids else 'inputs_embeds': rows}, attention_mask=mask,
-                             max_new_tokens=max_new_tokens, repetition_penalty=1.0,
+                             max_new_tokens=max_new_tokens, repetition_penalty=1.0, do_sample=temperature > 0,
                              pad_token_id=tokenizer.pad_token_id, **sampling)
         new = ids[:, rows.shape[1]:] if by_ids else ids  # of embeddings, generate returns the new ones alone
         for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True)):
@@ -1177,8 +1182,7 @@ def check_command(c, path):
 if __name__ == '__main__':
     sys.excepthook = fault
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
-    paths = glob.glob(os.path.join(glob.escape(folder), '*.py'))
-    names = sorted(os.path.basename(path).removesuffix('.py') for path in paths)
+    names = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(glob.escape(folder), '*.py')))
     recipes = [name for name in names if not name.startswith(('toy', 'kitchen'))]
     command, *arguments = sys.argv[1:] or ['--help']
     path = arguments.pop(0) if command == 'check' and arguments and not arguments[0].startswith('-') else ''
@@ -1190,8 +1194,6 @@ if __name__ == '__main__':
         fail(f'command line: {command!r} found, toy, kitchen, check or {", ".join(recipes)} wanted; '
              'see python data_prep.py --help')
     config = configure(__file__, arguments)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if path:
         check_command(config, path)
     elif command == 'check':

@@ -447,8 +447,9 @@ def test_an_answer_cannot_end_the_classifiers_turn(text):
     for mark in ('[INST]', '[/INST]', '<<SYS>>', '<</SYS>>', '</s>'):
         assert stub.prompts[0].lower().count(mark.lower()) == LLAMA.lower().count(mark.lower()), mark
     assert stub.prompts[0].count('<s>') == 1
-    assert cb_eval.inert(TOKENIZER, cb_eval.inert(TOKENIZER, text)) == cb_eval.inert(TOKENIZER, text)
-    assert cb_eval.inert(TOKENIZER, ANSWER) == ANSWER
+    marks = cb_eval.TURN_MARKS | {'<s>', '</s>'}
+    once = data_prep.inert(text, marks)
+    assert data_prep.inert(once, marks) == once and data_prep.inert(ANSWER, marks) == ANSWER
 
 
 @pytest.fixture(scope='module')
@@ -948,7 +949,7 @@ def test_rows_of_two_files_with_one_id_are_each_judged_as_themselves_and_benign_
     (['--harmful_path=none.csv'], ['none.csv']),
     (['--templates_path=', '--attacks=wrapper'], ['templates_path', 'wrapper']),
     (['--turns_path=', '--attacks=multi_turn'], ['turns_path', 'multi_turn']),
-    (['--attacks=gcg', '--suffix_start='], ['suffix_start', 'gcg']), (['--behaviors_path={folder}'], ['out: there is no such file']),
+    (['--attacks=gcg', '--suffix_start='], ['suffix_start', 'gcg']), (['--behaviors_path={folder}'], ['out/eval.json: not JSON']),
     (['--attacks=embedding_v2', '--suffix_words='], ['suffix_words']), (['--seed=4294967296'], ['seed']),
     (['--judge=base'], ['row 1', 'eleven words']),
     (['--judge=harmbench', '--judge_model=/none'], ['judge_model', '/none']),

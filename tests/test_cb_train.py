@@ -223,22 +223,23 @@ def test_relative_lora_is_in_units_of_its_weights_root_mean_square(model_dir):
 
 
 def test_in_half_precision_flash_attention_is_asked_for_on_a_gpu_that_has_it_and_eager_on_a_cpu(model_dir, monkeypatch):
-    asked = []
+    asked, there = [], {'flash': False}
+    monkeypatch.setattr(cb_train, 'is_flash_attn_2_available', lambda: there['flash'])
+    monkeypatch.setattr(transformers.PreTrainedModel, 'set_attn_implementation', lambda self, name: asked.append(name))
+    monkeypatch.setattr(transformers.PreTrainedModel, 'to', lambda self, device: self)
 
-    def load(*more, attn_implementation, **named):
-        asked.append(attn_implementation)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(cb_train.AutoModel, 'from_pretrained', load)
-    for there in (False, True):
-        monkeypatch.setattr(cb_train, 'is_flash_attn_2_available', lambda: there)
-        for dtype, device in (('bfloat16', 'cuda'), ('float16', 'cuda:1'), ('float32', 'cuda'), ('bfloat16', 'cpu')):
-            with pytest.raises(KeyboardInterrupt):
-                cb_train.load_decoder(model_dir, 3, dtype, device)
-    assert asked == [None] * 3 + ['eager'] + ['flash_attention_2'] * 2 + [None, 'eager']
+    def asked_for(dtype, device):
+        asked.clear()
+        cb_train.load_decoder(model_dir, 3, dtype, device)
+        return asked[:]
+    cases = ('bfloat16', 'cuda'), ('float16', 'cuda:1'), ('float32', 'cuda'), ('bfloat16', 'cpu')
+    assert [asked_for(*case) for case in cases] == [[], [], [], ['eager']]
+    there['flash'] = True
+    assert [asked_for(*case) for case in cases] == [['flash_attention_2']] * 2 + [[], ['eager']]
+    monkeypatch.setattr(transformers.LlamaModel, '_compatible_flash_implementations', ['own'], raising=False)
+    assert asked_for('bfloat16', 'cuda') == []
     monkeypatch.setattr(transformers.LlamaModel, '_supports_flash_attn', False)
-    with pytest.raises(KeyboardInterrupt):
-        cb_train.load_decoder(model_dir, 3, 'bfloat16', 'cuda')
-    assert asked[-1] is None
+    assert asked_for('bfloat16', 'cuda') == []
 
 
 def test_what_a_model_keeps_beside_its_modules_goes_to_the_device_and_mapped_blocks_stay_on_the_cpu(model_dir, monkeypatch):
@@ -1227,7 +1228,7 @@ def test_a_static_schedule_may_stand_beside_schedule_steps(run, arguments, tmp_p
 def test_validation_wants_rows_of_both_labels(run, arguments, tmp_path):
     (tmp_path / 'val.jsonl').write_text('{"label": "benign", "prompt": "red", "response": "yes"}')
     status, _, err = run('cb_train.py', *arguments)
-    assert status == 2 and 'val_data_path: harmful: no rows left of 0' in err
+    assert status == 2 and 'held-out harmful rows (val_data_path): no rows left of 0' in err
 
 
 def test_a_folder_that_no_run_wrote_is_never_replaced(run, arguments, tmp_path):

@@ -126,7 +126,7 @@ def test_the_base_is_the_same_bytes_for_any_number_of_threads_and_learns_as_a_pl
 
 
 @pytest.mark.parametrize('text, words', [
-    ('[{"prompt": "SECRET", ', ['line 1', 'not JSON']), ('[{"prompt": "SECRET"}]', ['row 1', '"response"', 'nothing']),
+    ('[{"prompt": "SECRET", ', ['line 1', 'not JSON']), ('[{"prompt": "SECRET"}]', ['row 1', 'no answer', 'response', 'messages']),
     ('{"prompt": "a", "response": "b"}\n\n{"prompt": "SECRET", "response": " "}', ['row 3', 'empty']),
     ('{"prompt": "a", "response": "b"}\n\n{"prompt": "SECRET", ', ['line 3', 'not JSON']),
     ('[{"prompt": "a", "response": "b"}, {"prompt": "SECRET", "response": 3}]', ['row 2', 'int']), ('[]', ['no rows']),
@@ -455,7 +455,7 @@ def test_a_hub_set_gives_at_most_the_limit_and_leaves_out_rows_that_hold_no_conv
     asked = []
     rows = [{'messages': [user(f'{i}'), answer('yes' * (i % 3))]} for i in range(12)]
     table = datasets.Dataset.from_list(rows)
-    monkeypatch.setattr('datasets.load_dataset', lambda name, split: asked.append((name, split)) or table)
+    monkeypatch.setattr('datasets.load_dataset', lambda name, config, split: asked.append((name, split)) or table)
     assert len(data_prep.load_rows('HuggingFaceH4/ultrachat_200k', limit=5)) == 5
     assert len(data_prep.load_rows('a/b:test')) == 8
     assert 'a/b:test: 4 rows left out: ' in capsys.readouterr().out
