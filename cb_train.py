@@ -980,7 +980,7 @@ def save_merged(model_dir, partial, loras, frozen, adapted, blocks, base, c):
     """
     Writes the merged model into `partial`, loads it again and compares its states on PROBE with those of the adapter
     off and on (L + 1 states each). Returns how far it is from the adapted one: the largest, over layers, of the mean
-    over tokens of || a - b || / || b ||. base: base_files at the start. With fsdp the merged model runs on the CPU,
+    over tokens of || a - b || / || a ||. base: base_files at the start. With fsdp the merged model runs on the CPU,
     mapped from its files: any size fits.
     """
     def apart(states, others):
