@@ -411,9 +411,8 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         rows = {stream.name: rows_of(stream, step) for stream in streams}
         for stream in streams:
             if stream.soft is not None:
-                pairs = zip(rows[stream.name], rows_of(stream, max(step - 1, 0)))
-                new = [row.slot for row, earlier in pairs if row.soft and row != earlier]
-                restart(stream.soft, new, optimizer.param_groups[1]['start'], f'{c.seed} soft {step}')
+                most, earlier = optimizer.param_groups[1]['start'], rows_of(stream, max(step - 1, 0))
+                restart(stream.soft, rows[stream.name], earlier, most, f'{c.seed} soft {step}')
             weight = scale * stream.coefficient(step) / stream.divisor(rows[stream.name])
             sums.append(run_stream(model, loras, stream, my_batches(rows[stream.name], c), c, weight))
         totals.copy_(torch.cat(sums))
@@ -589,11 +588,13 @@ def add_adversary(optimizer, embeddings, rows, c):
     return soft
 
 
-def restart(soft, slots, most, seed):
+def restart(soft, rows, earlier, most, seed):
     """
-    Puts the vectors of some slots of soft (slots, S, D), whose rows are new, where an attack's may come to be: at noise
-    of a size from 0 to `most`, the same on every rank. Near words alone an adversary finds the ways out that are there.
+    Puts the vectors of soft (slots, S, D) whose Rows are others than in the step before (`earlier`) where an attack's
+    may come to be: at noise of a size from 0 to `most`, the same on every rank. Near words alone an adversary finds the
+    ways out that are there.
     """
+    slots = [row.slot for row, before in zip(rows, earlier) if row.soft and row != before]
     draw = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     size = most * torch.rand(len(slots), 1, 1, generator=draw)
     soft.data[slots] = (size * torch.randn(len(slots), *soft.shape[1:], generator=draw)).to(soft.device)

@@ -523,18 +523,20 @@ def test_an_adversarys_tokens_start_anew_with_their_row(arguments, model_dir, tm
 
 def test_soft_tokens_of_a_new_row_start_at_noise_of_any_size_the_same_on_every_rank_and_the_others_stay():
     soft = torch.full((400, 3, 32), 7.0)
+    earlier = [Row([2, 4], [1, 1], '', 1, soft=1, slot=slot) for slot in range(400)] + [Row([2, 4], [1, 1], '', 1)]
+    rows = [earlier[0], *(row._replace(ids=[2, 5]) for row in earlier[1:])]  # slot 0's row stays; the last is not attacked
     slots = list(range(1, 400))
-    cb_train.restart(soft, slots, 2.0, 'seed')
+    cb_train.restart(soft, rows, earlier, 2.0, 'seed')
     assert (soft[0] == 7).all()
     sizes = soft[slots].flatten(1).std(1)
     assert sizes.min() < 0.05 and sizes.max() == pytest.approx(2.0, rel=0.15) and sizes.mean() == pytest.approx(1.0, rel=0.1)
     torch.manual_seed(5)  # a rank's own
     again = torch.zeros(400, 3, 32)
-    cb_train.restart(again, slots, 2.0, 'seed')
+    cb_train.restart(again, rows, earlier, 2.0, 'seed')
     assert torch.equal(again[slots], soft[slots]) and not again[0].any()
-    cb_train.restart(again, slots, 2.0, 'another')
+    cb_train.restart(again, rows, earlier, 2.0, 'another')
     assert not torch.equal(again[slots], soft[slots])
-    cb_train.restart(again, slots, 0.0, 'seed')
+    cb_train.restart(again, rows, earlier, 0.0, 'seed')
     assert not again.any()
 
 
