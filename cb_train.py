@@ -739,7 +739,7 @@ def load_decoder(model_dir, blocks, dtype, device, mapped=False):
     """
     config, total = truncated_config(model_dir, blocks)
     model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, use_safetensors=True,
-                                              output_loading_info=True)
+                                              output_loading_info=True, ignore_mismatched_sizes=True)  # told below
     half = model.dtype != torch.float32
     flash = model._supports_flash_attn and not getattr(model, '_compatible_flash_implementations', None)  # own kernels
     if half and device == 'cpu':
@@ -765,12 +765,11 @@ def check_model(model_dir, c):
     """
     depth = decoder_config(model_dir).num_hidden_layers
     blocks = c.num_hidden_layers or min(max(c.target_layers) + 1, depth)
+    if max(c.target_layers) > depth:
+        fail(f'target_layers={c.target_layers} found, but {model_dir} has {depth} blocks; as deep as 10 and 20 of 32: '
+             f'--target_layers={round(depth * 10 / 32)},{round(depth * 20 / 32)}')
     if blocks > depth:
         fail(f'num_hidden_layers={blocks} found, but {model_dir} has {depth} blocks')
-    if max(c.target_layers) > blocks:
-        deep = f'--target_layers={round(depth * 10 / 32)},{round(depth * 20 / 32)}'
-        fail(f'target_layers={c.target_layers} found, but {model_dir} has {depth} blocks and num_hidden_layers keeps '
-             f'{blocks} blocks; as deep as 10 and 20 of 32: {deep}')
     if max(c.layers_to_transform, default=0) >= blocks:
         fail(f'layers_to_transform={c.layers_to_transform} found, but {blocks} blocks are kept: 0 to {blocks - 1}')
     if min(c.layers_to_transform, default=0) >= min(c.target_layers) and not c.merge_only:
@@ -782,18 +781,18 @@ def check_model(model_dir, c):
         fail(f'{model_dir}: {type(model).__name__} keeps its blocks in another way; a decoder with .layers wanted')
     headers, shapes = tensor_headers(model_dir), {}
     for i in c.layers_to_transform or range(blocks):
-        linears = [f'layers.{i}.{name}' for name, module in model.layers[i].named_modules()
-                   if isinstance(module, nn.Linear)]
+        linears = {f'layers.{i}.{name}': module
+                   for name, module in model.layers[i].named_modules() if isinstance(module, nn.Linear)}
         for target in c.target_modules:
-            found = [name for name in linears if name.endswith(f'.{target}')]
+            found = [name for name in linears if name.rpartition('.')[2] == target]
             if not found:
                 names = ', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linears))
                 fail(f'target_modules: block {i} has no linear layer {target!r}, but {names}')
             for name in found:
-                tensor = headers[stored_name(headers, name)]
-                if tensor['dtype'] not in TORCH_DTYPES:
-                    fail(f'{model_dir}: {name}: {tensor["dtype"]} found, one of {", ".join(TORCH_DTYPES)} wanted')
-                shapes[name] = tuple(tensor['shape'])
+                tensor, shapes[name] = headers[stored_name(headers, name)], tuple(linears[name].weight.shape)
+                if tensor['dtype'] not in TORCH_DTYPES or tuple(tensor['shape']) != shapes[name]:
+                    fail(f'{model_dir}: {name}: {tensor["dtype"]} {tensor["shape"]} found, {list(shapes[name])} in one '
+                         f'of {", ".join(TORCH_DTYPES)} wanted')
     return shapes, blocks
 
 
@@ -887,6 +886,8 @@ def check_options(c):
     for name in ('target_layers', 'target_modules', 'layers_to_transform'):
         if len(set(getattr(c, name))) < len(getattr(c, name)):
             fail(f'{name}={getattr(c, name)} found, with one twice, each once wanted')
+    if c.num_hidden_layers and max(c.target_layers) > c.num_hidden_layers:
+        fail(f'target_layers={c.target_layers} found, but num_hidden_layers keeps {c.num_hidden_layers} blocks')
     if len(c.cb_lengths) != 2:
         fail(f'cb_lengths={c.cb_lengths} found, two numbers wanted: of the request and of the answer')
     if c.merge_only and not (c.init_from and c.merge_adapter):
@@ -948,8 +949,9 @@ def load_sets(c, tokenizer):
             noisy = (head, head) if name == 'harmful' else (1, end)  # the first token is, in many models, a sink
             return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, end, noisy=noisy)
         needed, order = c.max_steps * rows_a_step(c), f'{c.seed} {name}'
+        told = ' of val_data_path' if c.val_data_path else ''
         rows[name] = rows_of_run(conversations, needed, order, to_row, f'{name} rows')
-        held_out[name] = rows_of_run(held[name], 0, order, to_row, f'held-out {name} rows (val_data_path)')
+        held_out[name] = rows_of_run(held[name], 0, order, to_row, f'held-out {name} rows{told}')
     special, rng = set(tokenizer.all_special_ids), random.Random(f'{c.seed} words')
     words = [token for row in rows['retain'] for token in row.ids if token not in special]
     asks = lambda row: row.noisy[0] < row.end  # has a request
@@ -1036,7 +1038,7 @@ if __name__ == '__main__':
     c.device = choose_device(c.device)
     if world > 1 and c.device == 'cuda':
         c.device = f'cuda:{os.environ["LOCAL_RANK"]}'
-    if c.device.startswith('cuda'):
+    if c.device.startswith('cuda:'):
         torch.cuda.set_device(c.device)
     c.micro_batch_tokens = c.micro_batch_tokens or (512 if c.device == 'cpu' else 2048)
     shapes, blocks = check_model(model_dir, c)

@@ -136,17 +136,20 @@ def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
     if not isinstance(row, dict):
         raise ValueError(f'a {type(row).__name__} found, an object wanted')
     listed, request = first_key(row, MESSAGE_LISTS), first_key(row, REQUESTS, 'prompt')
-    asked = read_messages(row, listed) if listed else []
-    answer = first_key(row, (*answers, *ANSWERS_OF.get(request, ())))
-    is_pair = first_key(row, ('chosen', 'rejected')) is not None  # beside it, a list holds the request or one side
-    if asked and not (answer and (is_pair or asked[-1]['role'] == 'user')):
-        return conversation(asked)
+    names = (*answers, *ANSWERS_OF.get(request, ()))
+    asked, answer = read_messages(row, listed) if listed else [], first_key(row, names)
+    if listed:  # all of it; or one side of a preference pair, or what an answer beside it answers
+        is_pair, answered = row.get('chosen') or row.get('rejected'), asked[-1]['role'] == 'assistant'
+        if not row.get(answer) or answered and not is_pair:
+            return conversation(asked)
+        asked = asked[:-1] if answered else asked
     if not answer:
-        raise ValueError(f'no answer found; one of {", ".join(answers)} or a list of messages wanted')
+        raise ValueError(f'no answer found; one of {", ".join(names)} or a list of messages wanted')
     answered = read_messages(row, answer, 'assistant')
     if answered[0]['role'] != 'assistant':  # a preference pair that repeats its request
-        return conversation(answered)
-    if not asked or asked[-1]['role'] == 'assistant':
+        system = [message for message in asked[:1] if message['role'] == 'system' != answered[0]['role']]
+        return conversation(system + answered)
+    if not listed:
         asked = read_messages(row, request, 'user')
         if about := alpaca_input(row, request):
             asked.append({'role': 'user', 'content': about})
@@ -194,8 +197,14 @@ def conversation(messages):
     if not re.fullmatch('(system )?(user assistant )+', ''.join(f'{message["role"]} ' for message in joined)):
         raise ValueError('user and assistant in turn wanted, the assistant last (a system message may come first)')
     for message in joined:
-        message['content'].encode()  # a ValueError at half of a surrogate pair, which JSON can hold
+        check_unicode(message['content'])
     return joined
+
+
+def check_unicode(text):
+    """Raises ValueError if a text cannot be written: JSON can hold half of a surrogate pair."""
+    if re.search('[\ud800-\udfff]', text):
+        raise ValueError('a lone surrogate found, which is no character')
 
 
 def labelled(row):
@@ -329,7 +338,7 @@ def source_rows(option, source, split='', rng=None, side=0):
         return [row for name in files for row in file_rows(os.path.join(source, name))], False
     if os.path.isfile(source):
         return file_rows(source), False
-    if source.endswith(ROW_FILES) or not re.fullmatch(r'[\w.-]+/[\w.-]+', hub_id):
+    if source.endswith(ROW_FILES) or not re.fullmatch(r'[\w.-]+/[\w.-]+(:[^:]+){0,2}', source):
         fail(f'{option}={source}: there is no such file')
     config, split, *tabs = HUB_SETS.get(hub_id, [(None, 'train')])[side]
     config, split = [config, *(named or [split])][-2:]
@@ -395,14 +404,17 @@ def template_ids(tokenizer, messages):
     refuses them, or drops the system message once the request is answered (Mistral's v0.3).
     """
     asks = messages[-1]['role'] == 'user'
-    try:
-        text = tokenizer.apply_chat_template(said(tokenizer, messages), tokenize=False, add_generation_prompt=asks,
+
+    def rendered(messages):
+        return tokenizer.apply_chat_template(said(tokenizer, messages), tokenize=False, add_generation_prompt=asks,
                                              enable_thinking=False)  # Qwen3's alone
+    try:
+        text = rendered(messages)
+        drops = not asks and messages[0]['role'] == 'system' and rendered(messages[1:]) == text
     except Exception as e:  # jinja's, raised by the template itself
         roles = ', '.join(message['role'] for message in messages[:3])
         raise ValueError(f'the chat template refuses the conversation, of roles {roles} ({type(e).__name__})') from e
-    first = said(tokenizer, messages[:1])[0]
-    if not asks and first['role'] == 'system' and first['content'].strip() not in text:
+    if drops:
         raise ValueError('the chat template drops the system message of an answered request; put it into the request')
     return one_bos(tokenizer, text_ids(tokenizer, text))
 

@@ -242,6 +242,32 @@ def test_in_half_precision_flash_attention_is_asked_for_on_a_gpu_that_has_it_and
     assert asked_for('bfloat16', 'cuda') == []
 
 
+@pytest.mark.parametrize('name, value, words', [('num_key_value_heads', 4, 'k_proj'), ('vocab_size', 40, 'embed_tokens')])
+def test_weights_that_do_not_fit_the_config_are_one_line(run, arguments, tmp_path, name, value, words):
+    base = make_model_dir(tmp_path / 'base')
+    config = json.load(open(f'{base}/config.json'))
+    json.dump({**config, name: value}, open(f'{base}/config.json', 'w'))
+    status, _, err = run('cb_train.py', *arguments, f'--model_name={base}')
+    assert status == 2 and err.count('\n') == 1 and words in err, err
+
+
+@pytest.mark.parametrize('device', ['auto', 'cuda', 'cuda:0'])
+def test_on_a_gpu_a_run_comes_as_far_as_its_weights_with_and_without_a_number(run, arguments, monkeypatch, device):
+    moved, real = [], torch.nn.Module.to
+
+    def to(self, *where, **more):
+        if where[:1] and str(where[0]).startswith('cuda'):
+            moved.append(where[0])
+            raise KeyboardInterrupt  # there is none here
+        return real(self, *where, **more)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda where: torch.device(where).index + 0)
+    monkeypatch.setattr(torch.nn.Module, 'to', to)
+    run('cb_train.py', *arguments, f'--device={device}')
+    assert moved == [device.replace('auto', 'cuda')]
+
+
 def test_what_a_model_keeps_beside_its_modules_goes_to_the_device_and_mapped_blocks_stay_on_the_cpu(model_dir, monkeypatch):
     real = cb_train.AutoModel.from_pretrained
 
@@ -1063,7 +1089,7 @@ def interrupted(run, arguments, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr('shutil.copytree', full)
         status, _, err = run('cb_train.py', *arguments)
-    assert status == 1 and err.count('\n') == 1 and 'the disk is full' in err, err
+    assert status == 1 and err.count('\n') == 1 and 'No space left' in err, err
     return arguments
 
 
@@ -1164,7 +1190,7 @@ def test_a_linked_output_keeps_the_link_and_a_file_in_its_place_is_refused(run, 
     (['--target_layers=9'], ['target_layers=[9]', '4 blocks', '--target_layers=1,2']), (['--target_layers=0'], ['target_layers']),
     (['--target_layers=3', '--num_hidden_layers=2'], ['target_layers=[3]', 'keeps 2 blocks']),
     (['--layers_to_transform=3'], ['layers_to_transform=[3]', '0 to 2']), (['--num_hidden_layers=9'], ['num_hidden_layers=9', '4 blocks']),
-    (['--target_modules=qq_proj'], ['qq_proj', 'q_proj']), (['--cb_data_path=none.json'], ['none.json', 'no such file']),
+    (['--target_modules=qq_proj'], ['qq_proj', 'q_proj']), (['--target_modules=self_attn.q_proj'], ["'self_attn.q_proj'", 'q_proj']), (['--cb_data_path=none.json'], ['none.json', 'no such file']),
     (['--model_name=none/such/model'], ['none/such/model']), (['--lora_dropout=1'], ['lora_dropout']), (['--max_steps=0'], ['max_steps=0']),
     (['--device=tpu'], ['device=tpu']), (['--device=cuda:x'], ['device=cuda:x']), (['--dtype=int8'], ['dtype=int8']),
     (['--gradient_checkpointing=maybe'], ['True or False']), (['--max_setps=3'], ['did you mean max_steps']),
@@ -1230,7 +1256,7 @@ def test_a_static_schedule_may_stand_beside_schedule_steps(run, arguments, tmp_p
 def test_validation_wants_rows_of_both_labels(run, arguments, tmp_path):
     (tmp_path / 'val.jsonl').write_text('{"label": "benign", "prompt": "red", "response": "yes"}')
     status, _, err = run('cb_train.py', *arguments)
-    assert status == 2 and 'held-out harmful rows (val_data_path): no rows left of 0' in err
+    assert status == 2 and 'held-out harmful rows of val_data_path: no rows left of 0' in err
 
 
 def test_a_folder_that_no_run_wrote_is_never_replaced(run, arguments, tmp_path):

@@ -196,7 +196,9 @@ CALL = {'role': 'assistant', 'content': None, 'tool_calls': [{'name': 'f'}]}
       'messages': [user(P), answer(C)]}, R, C),
     ({'conversations': [{'from': 'human', 'value': P}], 'chosen': {'from': 'gpt', 'value': C},
       'rejected': {'from': 'gpt', 'value': R}}, R, C),
-    ({'messages': [user(P)], 'response': R}, R, R)])
+    ({'messages': [user(P), answer(C)], 'chosen': C, 'rejected': R}, R, C),
+    ({'messages': [user(P), answer(C)], 'chosen': [], 'rejected': []}, C, C),
+    ({'messages': [user(P), answer(C)], 'response': R}, C, C), ({'messages': [user(P)], 'response': R}, R, R)])
 def test_every_published_column_name_is_understood_on_its_side(row, harmful, benign):
     for answers, want in zip(BOTH, (harmful, benign)):
         if want:
@@ -216,6 +218,9 @@ def test_every_published_column_name_is_understood_on_its_side(row, harmful, ben
     ({'messages': [{'role': 'developer', 'content': 's'}, *LONG]}, [system('s'), *LONG]),
     ({'messages': [user('a'), user('b'), answer('c')]}, data_prep.turns(('a\n\nb', 'c'))),
     ({'messages': [*LONG, user('and ?')]}, LONG), ({'messages': [*LONG, user('and ?'), user('well ?')]}, LONG),
+    ({'messages': [system('s'), *LONG[:3], answer('x')], 'prompt': 'blue ?', 'rejected': 'no'}, [system('s'), *LONG]),
+    ({'messages': [system('s'), user('a'), answer('x')], 'rejected': data_prep.turns(('a', 'b'))},
+     [system('s'), user('a'), answer('b')]),
     ({'messages': [{**turn, 'tool_calls': None, 'name': None} for turn in LONG]}, LONG)])  # absent, as tables write it
 def test_conversations_are_read_as_the_sets_that_people_have_keep_them(row, want):
     assert data_prep.messages_of(row) == want
@@ -494,6 +499,8 @@ def test_a_template_that_drops_the_system_message_of_an_answered_request_is_one_
     assert words == '<bos> <user> two red <end> <assistant>'
     with pytest.raises(ValueError, match='drops the system message'):
         data_prep.with_answer(tokenizer, [system('two'), *talk])
+    tokenizer.chat_template = AutoTokenizer.from_pretrained(model_dir).chat_template.replace('m.content', "m.content.replace('one', '')")
+    assert data_prep.with_answer(tokenizer, [system('one two'), *talk])  # one that only edits it
 
 
 @pytest.fixture
