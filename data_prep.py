@@ -138,18 +138,19 @@ def messages_of(row, answers=HARMFUL_ANSWERS + BENIGN_ANSWERS):
     listed, request = first_key(row, MESSAGE_LISTS), first_key(row, REQUESTS, 'prompt')
     names = (*answers, *ANSWERS_OF.get(request, ()))
     asked, answer = read_messages(row, listed) if listed else [], first_key(row, names)
-    if listed:  # all of it; or one side of a preference pair, or what an answer beside it answers
-        is_pair, answered = row.get('chosen') or row.get('rejected'), asked[-1]['role'] == 'assistant'
-        if not row.get(answer) or answered and not is_pair:
+    if listed:  # a whole conversation, or one side of a preference pair, or the request of an answer beside it
+        is_whole, is_pair = asked[-1]['role'] == 'assistant', row.get('chosen') or row.get('rejected')
+        if not row.get(answer) or is_whole and not is_pair:
             return conversation(asked)
-        asked = asked[:-1] if answered else asked
+        asked = asked[:-1] if is_whole else asked
     if not answer:
         raise ValueError(f'no answer found; one of {", ".join(names)} or a list of messages wanted')
     answered = read_messages(row, answer, 'assistant')
-    if answered[0]['role'] != 'assistant':  # a preference pair that repeats its request
-        system = [message for message in asked[:1] if message['role'] == 'system' != answered[0]['role']]
-        return conversation(system + answered)
-    if not listed:
+    if answered[0]['role'] == 'system':  # a preference pair may repeat all that is before its answer
+        asked = []
+    elif answered[0]['role'] == 'user':
+        asked = [message for message in asked if message['role'] == 'system']
+    elif not listed:
         asked = read_messages(row, request, 'user')
         if about := alpaca_input(row, request):
             asked.append({'role': 'user', 'content': about})
@@ -325,8 +326,9 @@ def or_fail(message, from_hub=False):
 
 def source_rows(option, source, split='', rng=None, side=0):
     """
-    ([(where, row)], is it public) of a file, a folder of files (of those that name the split, or else 'train', if there
-    are such) or a hub set, ORG/NAME, ORG/NAME:SPLIT or ORG/NAME:CONFIG:SPLIT: row by row, in an order drawn by rng.
+    ([(where, row)], is it the hub's) of a file, a folder of files (of those that name the split, or else 'train', if
+    there are such) or a hub set, ORG/NAME, ORG/NAME:SPLIT or ORG/NAME:CONFIG:SPLIT: row by row, in an order drawn by
+    rng. side: which of HUB_SETS' two is taken where a set has harmful (0) and other rows (-1) apart.
     """
     hub_id, *named = source.split(':')
     if os.path.isdir(source):
