@@ -1342,13 +1342,13 @@ def rank_of(process):
     return {int(names['RANK']): int(child) for child, names in found.items() if 'RANK' in names}
 
 
-def wait_for_steps(process, out, more):
+def wait_for_steps(is_running, out, more):
     """Waits until a run has logged so many more steps than it had."""
     log = f'{out}.partial/log.jsonl'
     steps = lambda: open(log).read().count('\n') if os.path.exists(log) else 0
     before = steps()
     while steps() < before + more:
-        assert process.poll() is None, open(f'{out}.stderr').read()[-2000:]
+        assert is_running(), open(f'{out}.stderr').read()[-2000:]
         time.sleep(0.01)
 
 
@@ -1366,16 +1366,18 @@ def test_a_run_whose_rank_is_killed_and_that_is_stopped_by_a_signal_ends_at_once
     arguments = [*arguments, '--max_steps=40', '--save_interval=5', '--eval_interval=30', '--fsdp=True']
     out, whole = tmp_path / 'out', forked(2, *arguments, f'--output_dir={tmp_path / "whole"}')
     process = torchrun(2, *arguments)
-    wait_for_steps(process, out, 8)
+    wait_for_steps(lambda: process.poll() is None, out, 8)
     os.kill(rank_of(process)[1], signal.SIGKILL)
     assert process.wait(20) == 1 and len(said(out)) == 1 and said(out)[0].startswith('fault: rank 0: lost another rank'), open(f'{out}.stderr').read()
     saved = cb_train.read_checkpoint(str(out) + '.partial/' + cb_train.CHECKPOINT)
     assert saved['state']['step'] >= 5
 
-    process = torchrun(2, *arguments, '--resume=True')
-    wait_for_steps(process, out, 3)
-    process.terminate()
-    assert process.wait(20) == 1 and len(said(out)) == 1 and said(out)[0].startswith('SIGTERM: step ') and '--resume=True' in said(out)[0]
+    ranks, killed = forked(2, *arguments, '--resume=True'), len(said(out))
+    wait_for_steps(lambda: True, out, 3)
+    os.kill(ranks[1], signal.SIGTERM)  # one of them: all stop after the same step
+    assert ended(ranks) == [143, 143]
+    line, = said(out)[killed:]
+    assert line.startswith('SIGTERM: step ') and '--resume=True' in line
 
     assert ended(forked(2, *arguments, '--resume=True')) == ended(whole) == [0, 0]
     assert records_of(out) == records_of(tmp_path / 'whole') and len(records_of(out)) == 40
