@@ -1373,7 +1373,7 @@ def test_a_run_whose_rank_is_killed_and_that_is_stopped_by_a_signal_ends_at_once
     assert saved['state']['step'] >= 5
 
     ranks, killed = forked(2, *arguments, '--resume=True'), len(said(out))
-    wait_for_steps(lambda: True, out, 3)
+    wait_for_steps(lambda: os.waitpid(ranks[0], os.WNOHANG) == (0, 0), out, 3)
     os.kill(ranks[1], signal.SIGTERM)  # one of them: all stop after the same step
     assert ended(ranks) == [143, 143]
     line, = said(out)[killed:]
