@@ -751,10 +751,10 @@ def load_decoder(model_dir, blocks, dtype, device, mapped=False):
     wrong = [*report['missing_keys'], *report['mismatched_keys'], *unexpected]
     if wrong:
         fail(f'{model_dir}: {len(wrong)} weights are missing or do not fit, the first is {wrong[0]}')
-    blocks = model.layers
-    model.layers = nn.ModuleList() if mapped else blocks
+    layers = model.layers
+    model.layers = nn.ModuleList() if mapped else layers
     model.to(device)
-    model.layers = blocks
+    model.layers = layers
     return model.eval()
 
 
@@ -918,11 +918,13 @@ def load_sets(c, tokenizer):
         'retain': load_rows(c.retain_data_path, benign, 'train_sft', c.num_retain_examples, c.seed, 'retain_data_path'),
         'harmful': load_rows(c.cb_data_path, harmful, 'train', c.num_cb_examples, c.seed, 'cb_data_path')}
     val_rows = load_rows(c.val_data_path, labelled, option='val_data_path') if c.val_data_path else []
-    held, rows, held_out = {}, {}, {}
+    held, held_from, rows, held_out = {}, {}, {}, {}
     for name, conversations in sets.items():
         label = {'retain': 'benign', 'harmful': 'harmful'}.get(name)  # of its rows in val_data_path
         held[name] = [(where, messages) for where, (its_label, messages) in val_rows if its_label == label]
+        held_from[name] = f'val_data_path: {label}'
         if not c.val_data_path or not label:
+            held_from[name] = f'held-out {name} rows'
             tenth = min(60, math.ceil(len(conversations) / 10))
             held[name] = random.Random(f'{c.seed} val').sample(conversations, tenth)
             texts = [messages for _, messages in held[name]]
@@ -949,9 +951,8 @@ def load_sets(c, tokenizer):
             noisy = (head, head) if name == 'harmful' else (1, end)  # the first token is, in many models, a sink
             return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, end, noisy=noisy)
         needed, order = c.max_steps * rows_a_step(c), f'{c.seed} {name}'
-        told = ' of val_data_path' if c.val_data_path else ''
         rows[name] = rows_of_run(conversations, needed, order, to_row, f'{name} rows')
-        held_out[name] = rows_of_run(held[name], 0, order, to_row, f'held-out {name} rows{told}')
+        held_out[name] = rows_of_run(held[name], 0, order, to_row, held_from[name])
     special, rng = set(tokenizer.all_special_ids), random.Random(f'{c.seed} words')
     words = [token for row in rows['retain'] for token in row.ids if token not in special]
     asks = lambda row: row.noisy[0] < row.end  # has a request
@@ -1050,8 +1051,9 @@ if __name__ == '__main__':
     state = {'options': {**{name: value for name, value in config.items() if name not in MAY_DIFFER}, 'ranks': world},
              'rows': hashlib.sha256(json.dumps(ids_and_masks).encode()).hexdigest(), 'base': base_files(model_dir),
              'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
+    if saved and rank:  # another machine's copy of the base has other times
+        state['base'] = saved['state']['base']
     if saved:
-        state['base'] = state['base'] if rank == 0 else saved['state']['base']  # another machine's copy has other times
         check_same_run(checkpoint_path, saved['state'], state)
         state = saved['state']
     if dist.is_initialized():

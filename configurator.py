@@ -16,6 +16,7 @@ import ast
 import collections
 import contextlib
 import difflib
+import errno
 import glob
 import math
 import operator
@@ -71,8 +72,10 @@ def fault(kind, error, trace):
         line = ('out of memory: set gradient_checkpointing=True or lower micro_batch_tokens, and go on with '
                 '--resume=True; or lower max_seq_length; for cb_eval.py, eval_batch_size')
     elif issubclass(kind, OSError) or kind.__name__ == 'SafetensorError':
-        line = (f'the disk is full or failed: {text}; the output that was there before is whole, and a training run '
-                'goes on from its last checkpoint with --resume=True')
+        codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+        full = getattr(error, 'errno', None) in codes or re.search('No space|File too large|quota', text)
+        line = (f'the disk {"is full" if full else "failed"}: {text}; the output that was there before is whole, and a '
+                'training run goes on from its last checkpoint with --resume=True')
     elif issubclass(kind, KeyboardInterrupt):
         line = 'interrupted: the output that was there before is whole'
     elif kind.__name__.startswith('Dist') or 'gloo' in text:  # torch's DistBackendError, ..., or a RuntimeError of gloo

@@ -93,12 +93,13 @@ REQUESTS = ('prompt', 'instruction', 'question')
 HARMFUL_ANSWERS = ('output', 'rejected', 'response')  # a text, or in preference pairs a list of messages
 BENIGN_ANSWERS = ('llama3_output', 'chosen', 'completion', 'response')  # no output: beside a prompt it is harmful
 ANSWERS_OF = {'instruction': ('output',), 'question': ('answer',)}  # more names for the answer to such a request
-HUB_SETS = {  # config, split and the reader's options where none are named; of two the first holds harmful rows
+HUB_SETS = {  # config and split where none is named; of two the first holds harmful rows
     'HuggingFaceH4/ultrachat_200k': [(None, 'train_sft')], 'natolambert/xstest-v2-copy': [(None, 'gpt4')],
     'JailbreakBench/JBB-Behaviors': [('behaviors', 'harmful'), ('behaviors', 'benign')],
     'bench-llm/or-bench': [('or-bench-toxic', 'train'), ('or-bench-hard-1k', 'train')],
-    'allenai/wildjailbreak': [('eval', 'train', ('delimiter', '\t'), ('keep_default_na', False))],
-    'walledai/HarmBench': [('standard', 'train')], 'SafeMTData/SafeMTData': [('Attack_600', 'Attack_600')]}
+    'allenai/wildjailbreak': [('eval', 'train')], 'walledai/HarmBench': [('standard', 'train')],
+    'SafeMTData/SafeMTData': [('Attack_600', 'Attack_600')]}
+READ_BY = {'allenai/wildjailbreak': {'delimiter': '\t', 'keep_default_na': False}}  # a hub set's options of datasets
 ROW_FILES = ('.json', '.jsonl', '.csv', '.tsv', '.parquet')
 
 
@@ -197,15 +198,20 @@ def conversation(messages):
         joined.pop()
     if not re.fullmatch('(system )?(user assistant )+', ''.join(f'{message["role"]} ' for message in joined)):
         raise ValueError('user and assistant in turn wanted, the assistant last (a system message may come first)')
-    for message in joined:
-        check_unicode(message['content'])
+    for number, message in enumerate(joined, 1):
+        check_unicode(message['content'], f'message {number}')
     return joined
 
 
-def check_unicode(text):
-    """Raises ValueError if a text cannot be written: JSON can hold half of a surrogate pair."""
-    if re.search('[\ud800-\udfff]', text):
-        raise ValueError('a lone surrogate found, which is no character')
+def is_unicode(text):
+    """Whether a text can be written: JSON can hold half of a surrogate pair."""
+    return not re.search('[\ud800-\udfff]', text)
+
+
+def check_unicode(text, what):
+    """Raises ValueError, which says what it is, if a text is no Unicode."""
+    if not is_unicode(text):
+        raise ValueError(f'{what} holds a lone surrogate, which is no character')
 
 
 def labelled(row):
@@ -342,11 +348,11 @@ def source_rows(option, source, split='', rng=None, side=0):
         return file_rows(source), False
     if source.endswith(ROW_FILES) or not re.fullmatch(r'[\w.-]+/[\w.-]+(:[^:]+){0,2}', source):
         fail(f'{option}={source}: there is no such file')
-    config, split, *tabs = HUB_SETS.get(hub_id, [(None, 'train')])[side]
+    config, split = HUB_SETS.get(hub_id, [(None, 'train')])[side]
     config, split = [config, *(named or [split])][-2:]
     with or_fail(f'{option}: {source}: there is no such file or folder', from_hub=True):
         import datasets  # takes a second, and few need it
-        table = datasets.load_dataset(hub_id, config, split=split, **dict(tabs))
+        table = datasets.load_dataset(hub_id, config, split=split, **READ_BY.get(hub_id, {}))
     order, name = range(len(table)), ':'.join(filter(None, (hub_id, config, split)))
     return ((f'{name}: row {i + 1}', table[i]) for i in (rng.sample(order, len(order)) if rng else order)), True
 
@@ -367,21 +373,30 @@ def load_rows(source, convert=messages_of, split='', limit=0, seed=0, option='so
 # ---- tokens: a conversation as the model reads it --------------------------------------------------------------------
 
 
+def special_texts(tokenizer):
+    """The texts of a tokenizer's special tokens, a set."""
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+
+def longest_first(texts):
+    """The texts that are not blank, sorted so that one stands before what is a part of it."""
+    return sorted(filter(str.strip, texts), key=lambda text: (-len(text), text))
+
+
 @functools.lru_cache(maxsize=8)
 def control_texts(tokenizer, template):  # its own, which may be changed: a key of the cache
-    """The texts that steer the model: special tokens and what the template writes between turns."""
+    """The texts that steer the model, longest first: special tokens and what the template writes between turns."""
     marks = [f'said{i}here' for i in range(4)]
     rendered = tokenizer.apply_chat_template(turns(marks[:2], marks[2:]), tokenize=False)
     between = re.split('|'.join(marks), rendered)[1:-1]
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    cut = '|'.join([r'\s', *map(re.escape, sorted(special, key=len, reverse=True))])
-    found = {piece for text in between for piece in re.split(cut, text) if re.search(r'[^\w\s]', piece)} | special
-    return set(filter(str.strip, found))
+    cut = '|'.join([r'\s', *map(re.escape, longest_first(special_texts(tokenizer)))])
+    found = {piece for text in between for piece in re.split(cut, text) if re.search(r'[^\w\s]', piece)}
+    return longest_first(found | special_texts(tokenizer))
 
 
 def inert(text, marks):
-    """A text that neither opens nor ends a turn: a space breaks each mark in it behind its first letter."""
-    for mark in sorted(marks, key=lambda mark: (-len(mark), mark)):
+    """A text that neither opens nor ends a turn: a space breaks each mark, longest first, behind its first letter."""
+    for mark in marks:
         text = text.replace(mark, f'{mark[0]} {mark[1:]}') if len(mark) > 1 else text
     return text
 

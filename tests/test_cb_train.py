@@ -1089,7 +1089,7 @@ def interrupted(run, arguments, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr('shutil.copytree', full)
         status, _, err = run('cb_train.py', *arguments)
-    assert status == 1 and err.count('\n') == 1 and 'No space left' in err, err
+    assert status == 1 and err.count('\n') == 1 and 'the disk is full' in err, err
     return arguments
 
 
@@ -1256,7 +1256,7 @@ def test_a_static_schedule_may_stand_beside_schedule_steps(run, arguments, tmp_p
 def test_validation_wants_rows_of_both_labels(run, arguments, tmp_path):
     (tmp_path / 'val.jsonl').write_text('{"label": "benign", "prompt": "red", "response": "yes"}')
     status, _, err = run('cb_train.py', *arguments)
-    assert status == 2 and 'held-out harmful rows of val_data_path: no rows left of 0' in err
+    assert status == 2 and 'val_data_path: harmful: no rows left of 0' in err
 
 
 def test_a_folder_that_no_run_wrote_is_never_replaced(run, arguments, tmp_path):

@@ -150,7 +150,7 @@ def test_of_several_ranks_the_first_that_ends_speaks_and_a_fault_names_its_rank(
 
 
 @pytest.mark.parametrize('error, words', [
-    (OSError(28, 'No space left on device'), 'failed: [Errno 28] No space left'), (OSError(5, 'Input/output error'), 'failed: [Errno 5] Input'),
+    (OSError(28, 'No space left on device'), 'the disk is full'), (OSError(5, 'Input/output error'), 'the disk failed'),
     (type('OutOfMemoryError', (RuntimeError,), {})('x'), 'lower micro_batch_tokens'),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'lower micro_batch_tokens'),
     (KeyboardInterrupt(), 'interrupted')])

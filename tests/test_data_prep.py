@@ -469,6 +469,17 @@ def test_a_hub_set_gives_at_most_the_limit_and_leaves_out_rows_that_hold_no_conv
     assert first == again != other
 
 
+def test_a_hub_set_is_asked_for_its_config_split_and_side_and_wildjailbreak_for_tabs(monkeypatch):
+    asked = []
+    monkeypatch.setattr('datasets.load_dataset', lambda *path, **more: asked.append((*path, more)) or [{'a': 1}])
+    for source, side in (('allenai/wildjailbreak', 0), ('JailbreakBench/JBB-Behaviors', 0), ('JailbreakBench/JBB-Behaviors', -1), ('a/b:c:d', 0)):
+        rows, of_hub = data_prep.source_rows('harmful_path', source, side=side)
+        assert of_hub and [row for _, row in rows] == [{'a': 1}]
+    assert asked == [('allenai/wildjailbreak', 'eval', {'split': 'train', 'delimiter': '\t', 'keep_default_na': False}),
+                     ('JailbreakBench/JBB-Behaviors', 'behaviors', {'split': 'harmful'}),
+                     ('JailbreakBench/JBB-Behaviors', 'behaviors', {'split': 'benign'}), ('a/b', 'c', {'split': 'd'})]
+
+
 def test_bos_is_written_exactly_once_whatever_the_template_does(model_dir):
     from tokenizers import processors
     from transformers import AutoTokenizer
