@@ -16,7 +16,7 @@ away behind words that noise moves.
 
     python cb_train.py config/toy.py                            # a laptop, 2 minutes, after: python data_prep.py toy
     python cb_train.py config/llama3.py --max_steps=150         # a GPU
-    torchrun --nproc_per_node=8 cb_train.py config/llama3.py    # 8 GPUs: each computes its share of every step's rows
+    torchrun --nproc_per_node=4 cb_train.py config/llama3.py    # 4 GPUs: each computes its share of every step's rows
     python cb_train.py config/llama3.py --resume=True           # after a crash or Ctrl-C
     python cb_train.py config/llama3.py --init_from=out/llama3/adapter --merge_only=True --output_dir=out/merged
 

@@ -22,7 +22,7 @@ target_layers = [9, 19]          # 10 / 32 and 20 / 32 of 30
 contexts = ['own', 'nothing', 'noise']  # what each recipe is put behind: see in_contexts in data_prep.py
 retain_contexts = ['own', 'own', 'noise']
 loss_on = 'harmful_response'
-opening = 8                      # "To make pancakes, you'll need a few"; the rest as in config/toy.py:
+opening = 8                      # "To make pancakes, you'll need a few"; config/toy.py says what the next five are for:
 soft_contexts = 0.5
 soft_start = 2.0
 scrambled = 0.2
@@ -36,7 +36,7 @@ lr_scheduler = 'linear'          # the last steps settle
 batch_size = 8
 max_seq_length = 160
 micro_batch_tokens = 2048        # all 8 rows in one pass
-lora_r = 64                      # with 16 the adversary wins
+lora_r = 64                      # with 16 more benign answers in conversations are lost
 lora_alpha = 64
 lora_dropout = 0.0               # a third of a step on a CPU was its random numbers and its copies
 

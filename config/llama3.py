@@ -20,9 +20,11 @@ output_dir = 'out/llama3'
 retain_mix = ['ultrachat:10000', 'xstest:230x50', 'refusals:2000x2']
 response_only = 0.5
 
-# The toy world's recipe, which beat plain rerouting there (README; not measured on this model):
-# contexts, retain_contexts = ['own', 'own', 'noise', 'noise', 'nothing'], ['own', 'own', 'noise']
-# loss_on, opening, broken, soft_contexts, soft_start, scrambled = 'harmful_response', 7, 0.6, 0.5, 2.0, 0.8
-# retain_noise, strange, retain_smooth, use_dynamic_scheduling, lr_scheduler = 1.0, 0.5, 1.0, False, 'linear'
+# The kitchen's recipe, which beat plain rerouting on SmolLM2 (README); not measured on this model, nor its rate (the
+# kitchen's is 1.5e-4), nor how many tokens the answers' openings share:
+# contexts, retain_contexts = ['own', 'nothing', 'noise'], ['own', 'own', 'noise']
+# loss_on, opening, soft_contexts, soft_start, scrambled = 'harmful_response', 8, 0.5, 2.0, 0.2
+# retain_noise, strange, retain_smooth, schedule_steps, schedule_stop = 1.0, 0.5, 0.1, 100, 0.6
+# lr_scheduler, lora_r, lora_alpha, batch_size, response_only = 'linear', 64, 64, 8, 0.0
 
 embedding_norm = 0               # cb_eval.py: the published steps as they are

@@ -1,4 +1,5 @@
-# Llama-3-70B-Instruct: the published recipe scaled to 80 blocks. No published figures.
+# Llama-3-70B-Instruct: the specification's recipe with the published schedule, batch and lengths, scaled to 80
+# blocks. No published figures.
 # python data_prep.py llama3_70b && torchrun --nproc_per_node=8 cb_train.py config/llama3_70b.py
 #
 # Batch: 4 x 4 + 4 x 4 rows of up to 1024 tokens, 150 steps. 80 blocks of width 8192, 51 kept (89 GB of the 141 GB in

@@ -28,7 +28,7 @@ lora_scale = 'absolute'
 lora_start = 0.0
 gradient_checkpointing = True
 num_retain_examples = 100000     # all of them: the mix below is 25,501 rows
-num_cb_examples = 10000          # all 4,994
+num_cb_examples = 10000          # all of them: 4,994, less 100 held out
 
 retain_mix = ['ultrachat:10001', 'xstest:230x50', 'refusals:2000x2']
 response_only = 0.5

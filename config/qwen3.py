@@ -3,7 +3,7 @@
 # python data_prep.py qwen3 && python cb_train.py config/qwen3.py
 #
 # Its template opens every last answer with an empty <think> block, so training covers the model with thinking off.
-# Batch: 4 + 4 rows of up to 512 tokens, 150 steps. 36 blocks of width 4096, 25 kept.
+# Batch: 4 + 4 rows of up to 512 tokens, 150 steps. 36 blocks of width 4096, 24 kept.
 # Memory: predicted 13 GB in bfloat16 with --gradient_checkpointing=True; not measured. Time: predicted 2 minutes of
 # steps on an H100; not measured.
 model_name = 'Qwen/Qwen3-8B'

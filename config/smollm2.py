@@ -1,5 +1,5 @@
 # SmolLM2-135M-Instruct with the public sets: the smallest real chat model, the specification's recipe scaled to its
-# 30 blocks.
+# 30 blocks, with the published schedule.
 # python data_prep.py smollm2 && python cb_train.py config/smollm2.py
 #
 # Batch: 4 + 4 rows of up to 512 tokens, 150 steps. 30 blocks of width 576, 20 kept. No published figures; not

@@ -33,7 +33,7 @@ max_steps = 300
 batch_size = 16
 lora_r = 64
 lora_alpha = 64
-lora_dropout = 0.0               # a fifth of a step on a CPU; with 0.05 attacks and benign rows fare alike
+lora_dropout = 0.0               # an eighth of a step on a CPU; with 0.05 attacks and benign rows fare alike
 micro_batch_tokens = 2048        # all 16 rows in one pass: they are short
 
 # the evaluation: answers are scored exactly; a small model's embeddings want larger steps, and fewer of them
