@@ -33,7 +33,6 @@ Shapes: B rows, T tokens of a row, D width, L blocks kept. A model gives L + 1 h
 blocks, 0 the embedding; the last one is taken after the final norm. Masks are (B, T), 1 = the token counts.
 """
 import contextlib
-import datetime
 import functools
 import gc
 import hashlib
@@ -275,8 +274,7 @@ LLAMA3_NORM = 8.7  # of Llama-3-8B's states at layers 10 and 20 (the authors' lo
 def hidden_states(model, ids, moved=0):
     """
     Returns the model's L + 1 hidden states, each (B, T, D), for right-padded ids (B, T), whose embeddings are moved by
-    (B, T, D) if given. A causal model needs no attention mask: a token does not see the pads behind it, and no loss
-    counts a pad.
+    (B, T, D) if given. A causal model needs no attention mask: no token sees the pads behind it, no loss counts one.
     """
     tokens = {'input_ids': ids}
     if torch.is_tensor(moved):
@@ -286,10 +284,7 @@ def hidden_states(model, ids, moved=0):
 
 
 def reference_and_adapted(model, loras, ids, noise=0, soft=0):
-    """
-    Returns h, without gradient, and h', L + 1 hidden states (B, T, D) each: a stream's two passes over its rows. noise
-    moves the embeddings of both, soft of the adapted pass alone; (B, T, D) if given.
-    """
+    """Returns h (no gradient) and h', L + 1 states each; noise (B, T, D) moves the embeddings of both, soft of h'."""
     with torch.no_grad(), adapter_off(loras):
         h = hidden_states(model, ids, noise)
     return h, hidden_states(model, ids, noise + soft)
@@ -390,7 +385,7 @@ def run_stream(model, loras, stream, batches, c, weight=None):
 
 def train(model, loras, optimizer, streams, c, state, save, log):
     """
-    Trains the LoRA from state['step'] to max_steps. Returns the last step's record, as it stands in the log.
+    Trains the LoRA from state['step'] to max_steps; state['record'] is then the last step's, as it stands in the log.
     save(state) keeps a checkpoint; log: an open file. A step's gradients, the sums of its losses and the signals that
     arrived are one buffer, summed over the ranks once. Dropout is a function of seed, rank and step.
     """
@@ -398,38 +393,36 @@ def train(model, loras, optimizer, streams, c, state, save, log):
     sizes = [*(p.numel() for p in parameters), len(streams) * (1 + len(c.target_layers)), len(SIGNALS)]
     buffer = torch.zeros(sum(sizes), device=c.device)
     *gradients, totals, arrived = buffer.split(sizes)
+    totals = totals.view(len(streams), -1)  # of each stream the loss, then a cosine for each layer
     for p, gradient in zip(parameters, gradients):
         p.grad = gradient.view_as(p)  # a view of the buffer: backward() adds into it
-    record, start, signals = state['record'], time.time() - state['seconds'], catch_signals()
+    start, signals = time.time() - state['seconds'], catch_signals()
     rows_of = lambda stream, step: stream.rows[step * rows_a_step(c):(step + 1) * rows_a_step(c)]
     scale = 1024.0 if model.dtype == torch.float16 else 1.0  # float16 would round small gradients to 0
     for step in tqdm(range(state['step'], c.max_steps), desc='train', disable=None):
         # forward and backward: for each stream and micro-batch a reference pass and an adapted pass
         torch.manual_seed(random.Random(f'{c.seed} {c.rank} {step}').getrandbits(63))
         buffer.zero_()
-        sums, record = [], {'step': step, 'loss': 0.0}
+        record = {'step': step, 'loss': 0.0}
         rows = {stream.name: rows_of(stream, step) for stream in streams}
-        for stream in streams:
+        for stream, total in zip(streams, totals):
             if stream.soft is not None:
                 most, earlier = optimizer.param_groups[1]['start'], rows_of(stream, max(step - 1, 0))
                 restart(stream.soft, rows[stream.name], earlier, most, f'{c.seed} soft {step}')
             weight = scale * stream.coefficient(step) / stream.divisor(rows[stream.name])
-            sums.append(run_stream(model, loras, stream, my_batches(rows[stream.name], c), c, weight))
-        totals.copy_(torch.cat(sums))
+            total += run_stream(model, loras, stream, my_batches(rows[stream.name], c), c, weight)
         arrived.copy_(torch.tensor([float(name in signals) for name in SIGNALS]))
 
         # the sums over all ranks, the figures of the step, the optimizer
         summed(buffer)
-        figures = totals.view(len(streams), -1).tolist()  # of each stream the loss, then a cosine for each layer
-        seen = [name for name, ranks in zip(SIGNALS, arrived.tolist()) if ranks]
-        buffer /= scale
-        record['grad_norm'] = nn.utils.clip_grad_norm_(optimizer.param_groups[0]['params'], c.max_grad_norm).item()
-        for stream, (loss, *cosines) in zip(streams, figures):
+        for stream, (loss, *cosines) in zip(streams, totals.tolist()):
             prefix, tokens, coefficient = stream.prefix, count(rows[stream.name]), stream.coefficient(step)
             loss, cos = loss / stream.divisor(rows[stream.name]), sum(cosines) / len(cosines) / tokens
             record |= {f'{prefix}_loss': loss, f'{prefix}_coeff': coefficient, f'{prefix}_cos': cos}
             record['loss'] += coefficient * loss
             state['tokens'] += tokens
+        buffer /= scale
+        record['grad_norm'] = nn.utils.clip_grad_norm_(optimizer.param_groups[0]['params'], c.max_grad_norm).item()
         check_step(streams, rows, record, state, c)
         left = 1 - step / c.max_steps if c.lr_scheduler == 'linear' else 1.0
         optimizer.param_groups[0]['lr'] = c.learning_rate * left
@@ -448,6 +441,7 @@ def train(model, loras, optimizer, streams, c, state, save, log):
             print(json.dumps(record), file=log, flush=True)
 
         # the checkpoint; the end, if a signal came to any rank: all stop after the same step
+        seen = [name for name, ranks in zip(SIGNALS, arrived.tolist()) if ranks]
         seen += signals if c.world == 1 or last else []  # alone, or at the end, at once; else what all ranks have seen
         stopped = next((name for name in SIGNALS if name in seen), None)
         if last or stopped or (step + 1) % c.save_interval == 0:
@@ -457,22 +451,20 @@ def train(model, loras, optimizer, streams, c, state, save, log):
         if stopped:
             print(f'{stopped}: step {step} is saved; go on with the same command and --resume=True', file=sys.stderr)
             sys.exit(128 + signal.Signals[stopped])
-    return record
 
 
 # ---- the merge -------------------------------------------------------------------------------------------------------
 
 def merge(model_dir, output_dir, deltas):
     """
-    Writes output_dir: every file of model_dir as it is, but for the weights in deltas, {linear: function of a slice of
-    rows that returns what is added to them, (rows, in) float32}: added in float32, cast once to the stored dtype.
-    A file is copied, then its adapted tensors are overwritten in place, 128 rows in memory at a time. Left behind are
-    weights in other formats, the model card, and what an earlier run wrote beside a model.
+    Writes output_dir: model_dir as it is, without what is LEFT_BEHIND, but for the weights in deltas, {linear: function
+    of a slice of rows that returns what is added to them, (rows, in) float32}: added in float32, cast once to the
+    stored dtype. Files are copied, then adapted tensors overwritten in place, 128 rows in memory at a time.
     """
-    def left_behind(folder, names):
-        return [name for name in set(names) - set(weight_files(model_dir))
-                if name.startswith('.') or name in OF_A_RUN or name.endswith(ENDINGS)]
-    shutil.copytree(model_dir, output_dir, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=left_behind)
+    shutil.copytree(model_dir, output_dir, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=LEFT_BEHIND)
+    os.chmod(output_dir, 0o755)  # copytree gave it the mode of model_dir, which may be read-only
+    for name in weight_files(model_dir):
+        shutil.copyfile(os.path.join(model_dir, name), os.path.join(output_dir, name))
     headers = tensor_headers(model_dir)
     for linear, delta in tqdm(deltas.items(), desc='merge', disable=None):
         tensor = headers[stored_name(headers, linear)]
@@ -493,9 +485,9 @@ def merge(model_dir, output_dir, deltas):
 # ======================================================================================================================
 
 TORCH_DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
-ENDINGS = ('.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.onnx_data', '.ckpt',
-           '.partial')
-OF_A_RUN = ('README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'generations.jsonl')
+LEFT_BEHIND = shutil.ignore_patterns(  # all weights, the card, and what a run or cb_eval.py wrote beside a model
+    '.*', '*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf', '*.h5', '*.msgpack', '*.onnx', '*.onnx_data', '*.ckpt',
+    '*.partial', 'README.md', 'adapter', 'cb_config.json', 'log.jsonl', 'eval.json', 'generations.jsonl')
 CHECKPOINT = 'checkpoint.pt'
 MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interval', 'eval_interval', 'save_interval',
               'gradient_checkpointing', 'micro_batch_tokens', 'fsdp')  # between a run and its resume
@@ -518,15 +510,11 @@ def rmu_loss(h, h_lora, mask, layers, direction):
 
 
 def make_cb_loss(c, width, leak):
-    """
-    Returns the loss that cb_loss names; leak is for rerouting_loss. ADD A CB LOSS HERE, and to its choices in the
-    comment of the option.
-    """
+    """Returns the loss that cb_loss names. ADD A CB LOSS HERE, and to its choices in the comment of the option."""
     u = F.normalize(torch.rand(width, generator=torch.Generator().manual_seed(c.seed)), dim=0).to(c.device)
-    losses = {'rr': functools.partial(rerouting_loss, leak=leak) if leak else rerouting_loss,
-              'random': functools.partial(random_direction_loss, direction=u),
-              'rmu': functools.partial(rmu_loss, direction=c.rmu_norm * u)}
-    return losses[c.cb_loss]
+    return {'rr': functools.partial(rerouting_loss, leak=leak) if leak else rerouting_loss,
+            'random': functools.partial(random_direction_loss, direction=u),
+            'rmu': functools.partial(rmu_loss, direction=c.rmu_norm * u)}[c.cb_loss]
 
 
 def root_mean_square(x):
@@ -616,10 +604,7 @@ def with_soft_tokens(rows, words, c, rng):
 
 
 def soft_context(soft, rows, length):
-    """
-    Returns what the adversary adds to the embeddings of Rows padded to a length, (B, T, D): of soft[slot], (S, D), as
-    many as the row has, where its request ends; zeros elsewhere.
-    """
+    """Returns what is added to embeddings of Rows, (B, T, D): a row's vectors where its request ends, else zeros."""
     return torch.stack([F.pad(soft[row.slot, :row.soft], (0, 0, row.end, length - row.end - row.soft)) for row in rows])
 
 
@@ -659,10 +644,7 @@ def shard(model, device):
 # ---- what a step says ------------------------------------------------------------------------------------------------
 
 def check_step(streams, rows, record, state, c):
-    """
-    Ends the run if a figure of a step is not finite, or if step 0 is not neutral. Warns if by a fifth of the steps the
-    cb loss has not moved.
-    """
+    """Ends a run with a figure not finite or step 0 not neutral; warns if by a fifth of the steps cb has not moved."""
     figures = ', '.join(f'{name} {value}' for name, value in record.items() if name.endswith(('_loss', '_norm')))
     if not all(map(math.isfinite, record.values())):
         where = ', '.join(row.where for stream in streams for row in rows[stream.name])
@@ -696,10 +678,7 @@ def validate(model, loras, streams, c):
 
 
 def verdict(record, streams):
-    """
-    Returns one line: was the model rerouted? Held-out harmful rows want a mean cosine below 0.7 at each of
-    target_layers, benign ones above 0.9.
-    """
+    """Returns one line: are cosines of held-out harmful rows below 0.7 at each target layer, of benign above 0.9?"""
     harmful, benign = record['val_cb_cos'], record['val_retain_cos']
     layers = {name.rpartition('_')[2]: cos for name, cos in record.items() if name.startswith('val_cb_cos_')}
     rows = {stream.name: len(stream.held_out) for stream in streams}
@@ -733,9 +712,8 @@ def truncated_config(model_dir, blocks):
 
 def load_decoder(model_dir, blocks, dtype, device, mapped=False):
     """
-    Returns the first `blocks` blocks of the decoder with its embedding and final norm, without the head; the rest is
-    never read. flash-attn is used where it is installed and can run. mapped: the blocks stay on the CPU, mapped from
-    the files.
+    Returns the first `blocks` blocks of the decoder with its embedding and final norm; the rest is never read. mapped:
+    the blocks stay on the CPU, mapped from the files.
     """
     config, total = truncated_config(model_dir, blocks)
     model, report = AutoModel.from_pretrained(model_dir, config=config, dtype=dtype, use_safetensors=True,
@@ -759,10 +737,7 @@ def load_decoder(model_dir, blocks, dtype, device, mapped=False):
 
 
 def check_model(model_dir, c):
-    """
-    Returns {linear that gets a LoRA: (out, in)} and how many blocks are kept: num_hidden_layers, or as target_layers
-    want.
-    """
+    """Returns {linear that gets a LoRA: (out, in)} and how many blocks are kept."""
     depth = decoder_config(model_dir).num_hidden_layers
     blocks = c.num_hidden_layers or min(max(c.target_layers) + 1, depth)
     if max(c.target_layers) > depth:
@@ -820,10 +795,7 @@ def save_adapter(folder, loras, base, c):
 
 
 def read_adapter(folder, shapes, c):
-    """
-    Returns an adapter in PEFT's format, this project's or peft's own: {'LINEAR.lora_A.weight': (r, in), '...lora_B...':
-    (out, r)}, as the options say; shapes: {linear: (out, in)}.
-    """
+    """Returns an adapter in PEFT's format, {'LINEAR.lora_A.weight': (r, in), '...lora_B...': (out, r)}, if it fits."""
     with or_fail(f'init_from: {folder}: adapter_config.json and adapter_model.safetensors of PEFT wanted'):
         config = dict(json.load(open(os.path.join(folder, 'adapter_config.json'), encoding='utf-8')))
         stored = load_file(os.path.join(folder, 'adapter_model.safetensors'))
@@ -834,11 +806,10 @@ def read_adapter(folder, shapes, c):
     stored = {re.sub(r'^.*?(?=layers\.\d)', '', name): tensor.float() for name, tensor in stored.items()}
     wanted = {f'{name}.lora_A.weight': (c.lora_r, fan_in) for name, (out, fan_in) in shapes.items()}
     wanted |= {f'{name}.lora_B.weight': (out, c.lora_r) for name, (out, fan_in) in shapes.items()}
-    for name in sorted(wanted.keys() | stored.keys()):
-        found = tuple(stored[name].shape) if name in stored else 'nothing'
-        if found != wanted.get(name):
-            fail(f'init_from: {folder}: {name}: {found} found, {wanted.get(name, "nothing")} wanted, as the model, '
-                 'target_modules and layers_to_transform say')
+    found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    for name, _ in sorted(wanted.items() ^ found.items()):  # what one of the two alone holds
+        fail(f'init_from: {folder}: {name}: {found.get(name, "nothing")} found, {wanted.get(name, "nothing")} wanted, '
+             'as the model, target_modules and layers_to_transform say')
     return stored
 
 
@@ -918,13 +889,11 @@ def load_sets(c, tokenizer):
         'retain': load_rows(c.retain_data_path, benign, 'train_sft', c.num_retain_examples, c.seed, 'retain_data_path'),
         'harmful': load_rows(c.cb_data_path, harmful, 'train', c.num_cb_examples, c.seed, 'cb_data_path')}
     val_rows = load_rows(c.val_data_path, labelled, option='val_data_path') if c.val_data_path else []
-    held, held_from, rows, held_out = {}, {}, {}, {}
+    labels = {'retain': 'benign', 'harmful': 'harmful'} if c.val_data_path else {}  # of a set's rows there
+    held, rows, held_out = {}, {}, {}
     for name, conversations in sets.items():
-        label = {'retain': 'benign', 'harmful': 'harmful'}.get(name)  # of its rows in val_data_path
-        held[name] = [(where, messages) for where, (its_label, messages) in val_rows if its_label == label]
-        held_from[name] = f'val_data_path: {label}'
-        if not c.val_data_path or not label:
-            held_from[name] = f'held-out {name} rows'
+        held[name] = [(where, messages) for where, (label, messages) in val_rows if label == labels.get(name)]
+        if name not in labels:
             tenth = min(60, math.ceil(len(conversations) / 10))
             held[name] = random.Random(f'{c.seed} val').sample(conversations, tenth)
             texts = [messages for _, messages in held[name]]
@@ -942,17 +911,17 @@ def load_sets(c, tokenizer):
 
     for name, conversations in sets.items():
         def to_row(messages, where):
-            lengths = c.cb_lengths if name == 'harmful' else (0, 0)
+            lengths, opening = (c.cb_lengths, c.opening) if name == 'harmful' else ((0, 0), 0)
             ids, head, answer = encode(tokenizer, messages, c.max_seq_length, lengths)
             tail = template_ends(tokenizer, tokenizer.chat_template)[1]
             behind = len(tail) if ids[answer - len(tail):answer] == tail else 0  # 0: the request was cut
             end = min(len(ids), max(head, answer - behind))
-            told = answer + c.opening if name == 'harmful' else answer
             noisy = (head, head) if name == 'harmful' else (1, end)  # the first token is, in many models, a sink
-            return Row(ids, token_mask(ids, name, c.loss_on, head, told), where, end, noisy=noisy)
+            return Row(ids, token_mask(ids, name, c.loss_on, head, answer + opening), where, end, noisy=noisy)
         needed, order = c.max_steps * rows_a_step(c), f'{c.seed} {name}'
         rows[name] = rows_of_run(conversations, needed, order, to_row, f'{name} rows')
-        held_out[name] = rows_of_run(held[name], 0, order, to_row, held_from[name])
+        held_from = f'val_data_path: {labels[name]}' if name in labels else f'held-out {name} rows'
+        held_out[name] = rows_of_run(held[name], 0, order, to_row, held_from)
     special, rng = set(tokenizer.all_special_ids), random.Random(f'{c.seed} words')
     words = [token for row in rows['retain'] for token in row.ids if token not in special]
     asks = lambda row: row.noisy[0] < row.end  # has a request
@@ -983,13 +952,12 @@ def model_card(c, rows, record):
 def save_merged(model_dir, partial, loras, frozen, adapted, blocks, base, c):
     """
     Writes the merged model into `partial`, loads it again and compares its states on PROBE with those of the adapter
-    off and on (L + 1 states each). Returns how far it is from the adapted one: the largest, over layers, of the mean
-    over tokens of || a - b || / || a ||. base: base_files at the start. With fsdp the merged model runs on the CPU,
-    mapped from its files: any size fits.
+    off and on. Returns how far it is from the adapted one: the largest, over layers, of the mean over tokens of
+    || a - b || / || a ||. base: base_files at the start. With fsdp it runs on the CPU, from its files: any size fits.
     """
     def apart(states, others):
-        pairs = [(a.float().cpu(), b.float().cpu()) for a, b in zip(states[1:], others[1:])]
-        return max(((a - b).norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-6)).mean().item() for a, b in pairs)
+        a, b = (torch.stack(some[1:]).float().cpu() for some in (states, others))  # (L, B, T, D)
+        return ((a - b).norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-6)).mean((1, 2)).max().item()  # NaN stays NaN
 
     now = base_files(model_dir)
     changed = [name for name in base if now.get(name) != base[name]]
@@ -1000,7 +968,7 @@ def save_merged(model_dir, partial, loras, frozen, adapted, blocks, base, c):
     if c.chat_template:
         template = pathlib.Path(c.chat_template).read_text('utf-8-sig')
         pathlib.Path(partial, 'chat_template.jinja').write_text(template, 'utf-8')
-    merged = load_decoder(partial, blocks, c.dtype, 'cpu' if c.fsdp else c.device, mapped=c.fsdp)
+    merged = load_decoder(partial, blocks, c.dtype, 'cpu' if c.fsdp else c.device)
     with torch.no_grad():
         found = hidden_states(merged, PROBE.to(merged.device))
     off, moved = apart(adapted, found), apart(adapted, frozen)
@@ -1035,7 +1003,7 @@ if __name__ == '__main__':
         if os.path.isdir(partial):
             locked('output_dir', partial).release()
     saved = read_checkpoint(checkpoint_path) if c.resume and os.path.exists(checkpoint_path) else None
-    config['date'] = c.date = c.date or (saved['state']['options']['date'] if saved else str(datetime.date.today()))
+    config['date'] = c.date = c.date or (saved['state']['options']['date'] if saved else time.strftime('%Y-%m-%d'))
     c.device = choose_device(c.device)
     if world > 1 and c.device == 'cuda':
         c.device = f'cuda:{os.environ["LOCAL_RANK"]}'
@@ -1047,12 +1015,10 @@ if __name__ == '__main__':
     needs_tokens = c.chat_template or not c.merge_only
     tokenizer = load_tokenizer(model_dir, c.chat_template, c.date) if needs_tokens else None
     rows, held_out = ({}, {}) if c.merge_only else load_sets(c, tokenizer)
-    ids_and_masks = [[row[:2] for some in (*rows.values(), *held_out.values()) for row in some]]
+    base = saved['state']['base'] if saved and rank else base_files(model_dir)  # another machine's copy: other times
     state = {'options': {**{name: value for name, value in config.items() if name not in MAY_DIFFER}, 'ranks': world},
-             'rows': hashlib.sha256(json.dumps(ids_and_masks).encode()).hexdigest(), 'base': base_files(model_dir),
+             'rows': hashlib.sha256(repr([rows, held_out]).encode()).hexdigest(), 'base': base,
              'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
-    if saved and rank:  # another machine's copy of the base has other times
-        state['base'] = saved['state']['base']
     if saved:
         check_same_run(checkpoint_path, saved['state'], state)
         state = saved['state']
@@ -1072,8 +1038,7 @@ if __name__ == '__main__':
         checkpoint_blocks(model)
     if c.fsdp:
         shard(model, c.device)
-    parameters = {f'{name}.{part}': p for name, lora in loras.items()
-                  for part, p in lora.named_parameters(recurse=False)}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}  # the LoRAs'
     optimizer = torch.optim.AdamW(parameters.values(), lr=c.learning_rate, weight_decay=c.weight_decay)
     trainable, soft = sum(p.numel() for p in parameters.values()), None
     embeddings = input_embeddings(model)
@@ -1116,10 +1081,8 @@ if __name__ == '__main__':
 
     # train
     if not c.merge_only:
-        for lora in loras.values():
-            lora.train()
         streams = make_streams(c, rows, held_out, blocks, embeddings, soft)
-        state['record'] = train(model, loras, optimizer, streams, c, state, save, log)
+        train(model, loras, optimizer, streams, c, state, save, log)
     stop_at_signals()
     with torch.no_grad():
         # sharded blocks need every rank: before they leave

@@ -46,12 +46,13 @@ COLUMNS = [('wrapper', 'harmful', 'wrapper', 'complied'), ('prefill', 'harmful',
            ('recognising in a conversation', 'borderline_heldout', 'multi_turn', 'complied')]
 SCALES = {'states 10 times as large': 10, 'states 1000 times as large': 1000}  # of config/toy.py, in its units
 SEVEN = '--target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
+PLAIN = ('--contexts=own --retain_contexts=own --loss_on=all --opening=0 --broken=0 --soft_contexts=0 --scrambled=0 '
+         '--retain_noise=0 --strange=0 --retain_smooth=0 --use_dynamic_scheduling=True --schedule_steps=300 '
+         '--learning_rate=1e-3 --lr_scheduler=constant --max_steps=150 --lora_dropout=0.05')
 VARIANTS = {  # name: what differs from config/toy.py; {w} is the world's folder
     'config/toy.py': '',
-    'plain rerouting': '--contexts=own --retain_contexts=own --loss_on=all --opening=0 --broken=0 --soft_contexts=0 '
-                       '--scrambled=0 --retain_noise=0 --strange=0 --retain_smooth=0 --use_dynamic_scheduling=True '
-                       '--schedule_steps=300 --learning_rate=1e-3 --lr_scheduler=constant --max_steps=150 '
-                       '--lora_dropout=0.05',
+    'plain rerouting': PLAIN,
+    'plain rerouting, all weight on retain at the end': f'{PLAIN} --schedule_steps=0',
     'own': '--contexts=own',
     'own, noise': '--contexts=own,noise',
     'own, nothing, noise': '--contexts=own,nothing,noise',

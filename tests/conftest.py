@@ -1,9 +1,9 @@
 """A tiny random model, rows and a way to run a script in this process, for all tests."""
+import functools
 import gc
 import io
 import json
 import os
-import runpy
 import signal
 import sys
 
@@ -13,9 +13,6 @@ sys.path.insert(0, ROOT)
 
 import filelock
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 WORDS = 'red green blue one two three please tell me about apples pears plums yes no'.split()
 
@@ -24,8 +21,11 @@ SHAPE = dict(vocab_size=6 + len(WORDS), hidden_size=32, intermediate_size=48, nu
              num_key_value_heads=2, bos_token_id=2, eos_token_id=3, pad_token_id=0, initializer_range=0.2)
 
 
-def make_model_dir(path, dtype=torch.float32, shard='30KB', config=None):
+def make_model_dir(path, dtype=None, shard='30KB', config=None):
     """A tiny random model (a 4-block Llama, or what `config` says) in several shards, with a tokenizer and a chat template."""
+    import torch  # here, as pytest-xdist's controller, which runs no test, reads this file before its workers do
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
     special = ['<pad>', '<unk>', '<bos>', '<end>', '<user>', '<assistant>']
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token='<unk>'))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -36,7 +36,7 @@ def make_model_dir(path, dtype=torch.float32, shard='30KB', config=None):
                       "{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SHAPE))
-    model.to(dtype).save_pretrained(path, max_shard_size=shard)
+    model.to(dtype or torch.float32).save_pretrained(path, max_shard_size=shard)
     tokenizer.save_pretrained(path)
     return str(path)
 
@@ -64,10 +64,24 @@ def rows(tmp_path):
     return write_rows(tmp_path)
 
 
+def pytest_collection_finish():
+    """What was imported stays: no collection goes through it again, nor does `run`, which looks at every other object."""
+    gc.collect()
+    gc.freeze()
+
+
+@functools.lru_cache
+def compiled(path):
+    """A script as code, compiled once."""
+    with open(path, encoding='utf-8') as f:
+        return compile(f.read(), path, 'exec')
+
+
 def run_script(script):
     """Runs a script under sys.argv in this process, ends it as the interpreter does, and returns its exit status."""
+    path = os.path.join(ROOT, script)
     try:
-        runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+        exec(compiled(path), {'__name__': '__main__', '__file__': path})
     except SystemExit as e:
         if isinstance(e.code, str):
             print(e.code, file=sys.stderr)

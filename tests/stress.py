@@ -91,8 +91,7 @@ def trial(arguments, out, rng, kind, duration):
                 time.sleep(after)
                 os.kill(child, sent)
                 wanted = False
-            if kind == 'random':
-                time.sleep(0.0005)
+            time.sleep(0.0002)
         if status == 2 and kills and os.path.exists(os.path.join(out, 'config.json')):  # killed when all was done
             return kills
         if status in (-signal.SIGKILL, -sent) or status == 128 + sent and '--resume=True' in open(errors).read().splitlines()[-1]:

@@ -812,16 +812,6 @@ def test_noise_keeps_a_words_ends_and_its_length():
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_answers_as_one_prompt_at_a_time_does_from_ids_and_from_embeddings(model_dir):
-    model, tokenizer = data_prep.load_model(model_dir, 'cpu', 'float32')
-    prompts = [data_prep.prompt_ids(tokenizer, user(text), start)
-               for text, start in (('red', ''), ('tell me about green apples', 'yes'), ('no no', ''))]
-    together = data_prep.complete(model, tokenizer, prompts, 8, 3)
-    assert together == [data_prep.complete(model, tokenizer, [p], 8, 1)[0] for p in prompts] and len(set(together)) > 1
-    soft = [model.get_input_embeddings()(torch.tensor(p)).detach() for p in prompts]
-    assert together == data_prep.complete(model, tokenizer, soft, 8, 2)
-
-
 TINY = ['--max_new_tokens=4', '--device=cpu', '--embedding_steps=2', '--embedding_answers=2', '--gcg_steps=1',
         '--gcg_width=4', '--best_of_n=3', '--finetune_steps=1',
         '--eval_batch_size=4', '--num_optimized=1', '--suffix_words=yes no', '--suffix_start=red red']

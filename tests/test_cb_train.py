@@ -13,6 +13,7 @@ import types
 
 import filelock
 import pytest
+import stress
 import torch
 import transformers
 from conftest import ROOT, SHAPE, fork_script, make_model_dir
@@ -915,7 +916,7 @@ def published_losses(model_dir, adapter, retain, harmful, divisor, relative, blo
 
 
 @pytest.mark.parametrize('divisor, accumulation, distance', [
-    ('real', 1, 'absolute'), ('real', 4, 'relative'), ('published', 1, 'absolute'), ('published', 4, 'absolute')])
+    ('real', 1, 'absolute'), ('real', 4, 'relative'), ('published', 4, 'absolute')])
 def test_the_first_steps_losses_are_those_of_peft_and_transformers(run, arguments, model_dir, rows, tmp_path, divisor, accumulation, distance):
     start = peft_adapter(tmp_path / 'start', model_dir, ATTENTION)
     retain, harmful = [json.loads(line) for line in open(rows['retain'])][:8], json.load(open(rows['cb']))[:8]
@@ -1016,6 +1017,18 @@ def test_a_merge_that_adds_nothing_is_a_fault_in_half_precision_too(tmp_path, mo
     with pytest.raises(SystemExit) as stop:
         cb_train.save_merged(*arguments)
     assert 'away from the adapted one: not moved' in str(stop.value)
+    broken = lambda model_dir, output_dir, deltas: merge(model_dir, output_dir, {name: lambda rows: torch.tensor(math.nan) for name in deltas})
+    monkeypatch.setattr(cb_train, 'merge', broken)
+    with pytest.raises(SystemExit) as stop:
+        cb_train.save_merged(*arguments)
+    assert 'is nan away from the adapted one' in str(stop.value)
+
+
+def test_a_base_that_may_only_be_read_is_merged_into_a_folder_that_may_be_written(model_dir, tmp_path):
+    base = shutil.copytree(model_dir, tmp_path / 'base')
+    base.chmod(0o555)
+    cb_train.merge(str(base), tmp_path / 'merged', {'layers.0.self_attn.q_proj': lambda rows: torch.zeros(1)})
+    assert (tmp_path / 'merged').stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize('divisor', ['real', 'published'])
@@ -1109,10 +1122,10 @@ def test_a_checkpoint_holds_no_random_state_because_dropout_is_a_function_of_see
     assert all(set(one) == {'step', 'exp_avg', 'exp_avg_sq'} for one in saved['optimizer']['state'].values())
 
 
-def test_killed_signalled_and_out_of_disk_a_run_resumes_to_the_same_bytes():
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'tests', 'stress.py'), '--kills=6', '--disks=6'], capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0 and 'every end identical' in done.stdout and 'every earlier output whole' in done.stdout, done.stderr[-2000:]
+def test_killed_signalled_and_out_of_disk_a_run_resumes_to_the_same_bytes(tmp_path, capsys):
+    stress.main(kills=6, disks=6, seed=0, folder=str(tmp_path))  # a SystemExit with its reason if an end differs
+    out = capsys.readouterr().out
+    assert 'every end identical' in out and 'every earlier output whole' in out
 
 
 @pytest.mark.parametrize('more, words', [
@@ -1235,14 +1248,14 @@ def test_nothing_that_no_run_wrote_is_removed_and_an_output_inside_the_model_is_
         assert status == 2 and err.count('\n') == 1 and (tmp_path / outside / 'base' / 'config.json').exists(), err
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_nothing_in_the_way(run, arguments, tmp_path):
+def test_a_folder_that_no_run_wrote_is_never_replaced_and_one_killed_before_its_first_checkpoint_is(run, arguments, tmp_path):
     (tmp_path / 'out.partial').mkdir()
     (tmp_path / 'out.partial' / 'lock').touch()
     (tmp_path / 'out').mkdir()
     for name in ('lock', 'thesis.txt'):
         (tmp_path / 'out' / name).write_text('mine')
     status, _, err = run('cb_train.py', *arguments, '--overwrite=True')
-    assert status == 2 and (tmp_path / 'out' / 'thesis.txt').read_text() == 'mine'
+    assert status == 2 and 'choose another' in err and (tmp_path / 'out' / 'thesis.txt').read_text() == 'mine'
     (tmp_path / 'out' / 'thesis.txt').unlink()
     status, _, err = run('cb_train.py', *arguments)
     assert status == 0, err
@@ -1257,13 +1270,6 @@ def test_validation_wants_rows_of_both_labels(run, arguments, tmp_path):
     (tmp_path / 'val.jsonl').write_text('{"label": "benign", "prompt": "red", "response": "yes"}')
     status, _, err = run('cb_train.py', *arguments)
     assert status == 2 and 'val_data_path: harmful: no rows left of 0' in err
-
-
-def test_a_folder_that_no_run_wrote_is_never_replaced(run, arguments, tmp_path):
-    (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'thesis.txt').write_text('mine')
-    status, _, err = run('cb_train.py', *arguments, '--overwrite=True')
-    assert status == 2 and 'choose another' in err and (tmp_path / 'out' / 'thesis.txt').read_text() == 'mine'
 
 
 # ---- several ranks ----
