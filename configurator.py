@@ -16,11 +16,10 @@ import ast
 import collections
 import contextlib
 import difflib
-import errno
-import glob
 import math
 import operator
 import os
+import pathlib
 import re
 import runpy
 import shutil
@@ -72,8 +71,7 @@ def fault(kind, error, trace):
         line = ('out of memory: set gradient_checkpointing=True or lower micro_batch_tokens, and go on with '
                 '--resume=True; or lower max_seq_length; for cb_eval.py, eval_batch_size')
     elif issubclass(kind, OSError) or kind.__name__ == 'SafetensorError':
-        codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-        full = getattr(error, 'errno', None) in codes or re.search('No space|File too large|quota', text)
+        full = re.search('No space|File too large|quota', text)
         line = (f'the disk {"is full" if full else "failed"}: {text}; the output that was there before is whole, and a '
                 'training run goes on from its last checkpoint with --resume=True')
     elif issubclass(kind, KeyboardInterrupt):
@@ -102,9 +100,7 @@ def check_output(option, folder, marks, overwrite, resume=False):
             ways = ', or add --overwrite=True to replace it' if ours else ' or move it, no run wrote it'
             ways += ', or --resume=True to go on' if 'checkpoint.pt' in names else ''
             fail(f'{option}: {path} is there already; choose another{ways}')
-    parent = os.path.dirname(os.path.abspath(folder))
-    while not os.path.lexists(parent):
-        parent = os.path.dirname(parent)
+    parent = next(parent for parent in pathlib.Path(os.path.abspath(folder)).parents if os.path.lexists(parent))
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
         fail(f'{option}: {parent} is no folder that can be written; choose another')
 
@@ -234,14 +230,11 @@ def file_options(path, defaults, known):
 
 
 def configure(script, argv):
-    """
-    {name: value}, the options of a script (its path) in its order: defaults, then the config files in argv, then its
-    --key=value. --help prints them.
-    """
+    """{name: value}, a script's options in its order: defaults, then argv's config files, then its --key=value."""
     rows = options(script)
     defaults = {option.name: option.default for option in rows if option.name}
     known = set(defaults)
-    for path in glob.glob(os.path.join(glob.escape(os.path.dirname(os.path.abspath(script))), '*.py')):
+    for path in pathlib.Path(script).absolute().parent.glob('*.py'):
         with contextlib.suppress(ValueError, SyntaxError, OSError):  # somebody's own script
             known |= {option.name for option in options(path) if option.name}
 

@@ -30,10 +30,10 @@ import contextlib
 import csv
 import datetime
 import functools
-import glob
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -101,6 +101,7 @@ HUB_SETS = {  # config and split where none is named; of two the first holds har
     'SafeMTData/SafeMTData': [('Attack_600', 'Attack_600')]}
 READ_BY = {'allenai/wildjailbreak': {'delimiter': '\t', 'keep_default_na': False}}  # a hub set's options of datasets
 ROW_FILES = ('.json', '.jsonl', '.csv', '.tsv', '.parquet')
+SURROGATE = re.compile('[\ud800-\udfff]')  # half of a pair: JSON can hold it, a file in UTF-8 cannot
 
 
 class LeftOut(ValueError):
@@ -124,11 +125,13 @@ def first_key(row, names, default=None):
 
 
 def text_under(row, key, empty=True):
-    """The text that a row holds under key; ValueError if there is none, or an empty one and empty is False."""
+    """The Unicode text that a row holds under key; ValueError if there is none, or an empty one and empty is False."""
     text = row.get(key)
-    if isinstance(text, str) and (empty or text.strip()):
+    if isinstance(text, str) and (empty or text.strip()) and not SURROGATE.search(text):
         return text
-    found = 'nothing' if text is None else 'an empty text' if isinstance(text, str) else type(text).__name__
+    found = 'nothing' if text is None else type(text).__name__
+    if isinstance(text, str):
+        found = 'a lone surrogate, no character,' if text.strip() else 'an empty text'
     raise ValueError(f'{found} found under "{key}", a text wanted')
 
 
@@ -183,6 +186,8 @@ def read_messages(row, key, role=''):
             content = ''.join(text_under(part, 'text') for part in parts)
         if not (isinstance(role, str) and role in ROLES and isinstance(content, str) and content.strip()):
             raise ValueError(f'message {number} wants a "role" of {", ".join(ROLES)} and a text as its "content"')
+        if SURROGATE.search(content):
+            raise ValueError(f'message {number} holds a lone surrogate, which is no character')
         messages.append({'role': ROLES[role], 'content': content})
     return messages
 
@@ -198,20 +203,7 @@ def conversation(messages):
         joined.pop()
     if not re.fullmatch('(system )?(user assistant )+', ''.join(f'{message["role"]} ' for message in joined)):
         raise ValueError('user and assistant in turn wanted, the assistant last (a system message may come first)')
-    for number, message in enumerate(joined, 1):
-        check_unicode(message['content'], f'message {number}')
     return joined
-
-
-def is_unicode(text):
-    """Whether a text can be written: JSON can hold half of a surrogate pair."""
-    return not re.search('[\ud800-\udfff]', text)
-
-
-def check_unicode(text, what):
-    """Raises ValueError, which says what it is, if a text is no Unicode."""
-    if not is_unicode(text):
-        raise ValueError(f'{what} holds a lone surrogate, which is no character')
 
 
 def labelled(row):
@@ -222,10 +214,7 @@ def labelled(row):
 
 
 def in_contexts(rows, benign, contexts, rng):
-    """
-    Yields each row's answer behind every kind of context: its 'own' request, 'nothing' or 'noise', its own amid 0 to
-    8 + 8 words of benign rows, so that no mood, turn or word around an answer tells it. All: (where, messages).
-    """
+    """Yields (where, messages): an answer behind its 'own' request, 'nothing' or 'noise', its own amid benign words."""
     for where, (*request, answer) in rows:
         words = ' '.join(message['content'] for _ in range(20) for message in rng.choice(benign)[1]).split()
         first, last = (' '.join(rng.choices(words, k=rng.randrange(9))) for _ in range(2))
@@ -236,9 +225,8 @@ def in_contexts(rows, benign, contexts, rng):
 
 def scrambled_rows(harmful, benign, number, rng):
     """
-    Yields rows to retain that hold a harmful answer's words and do not tell it: by turns all of them, in random order,
-    behind what the answer stood behind, and some, at their places, in a benign answer: up to three fifths of its words.
-    So neither what a harmful answer is made of tells it, nor a part of it. All: (where, messages).
+    Yields (where, messages) to retain that hold a harmful answer's words and do not tell it: by turns all of them, in
+    random order, behind what it stood behind, and some in place of up to three fifths of a benign answer's words.
     """
     for i in range(number):
         where, (*request, answer) = rng.choice(harmful)
@@ -482,10 +470,7 @@ def with_answer(tokenizer, messages):
 
 
 def encode(tokenizer, messages, max_seq_length, lengths=(0, 0)):
-    """
-    (ids, head, answer): a conversation as token ids, request and last answer cut to `lengths` (0 = whole), both to
-    max_seq_length; how many are the template's head; where the last answer starts.
-    """
+    """(ids, head, answer): token ids cut to lengths (0 = whole); how many are the head's; where the answer starts."""
     ids, answer = with_answer(tokenizer, messages)
     request, response = ids[:answer][:lengths[0] or None], ids[answer:][:lengths[1] or None]
     head = len(commonprefix([request, template_ends(tokenizer, tokenizer.chat_template)[0]]))
@@ -525,8 +510,7 @@ def inserted(row, at, to, ids):
 def broken_row(row, words, rng):
     """
     Returns a Row with 1 to 15 tokens out of place in its answer, mostly near the start: the answer's own or of `words`
-    (token ids), few or many kinds. So begins what a model says that is half rerouted, and behind it the base would go
-    on with the answer: that counts.
+    (token ids), few or many kinds. What stands behind them counts.
     """
     first = row.mask.index(1)
     at = first + int((len(row.ids) - first) * rng.random() ** 2)
@@ -536,10 +520,7 @@ def broken_row(row, words, rng):
 
 
 def strange_row(row, words, rng):
-    """
-    Returns a harmful Row with 1 to 12 of `words` (token ids) before its request, which noise may move: what is strange
-    around a request, as the scene that a jailbreak sets, says nothing of what is told.
-    """
+    """Returns a harmful Row with 1 to 12 of `words` (token ids) before its request, which noise may move."""
     at, first = row.noisy[0], rng.choices(words, k=rng.randint(1, 12))
     return inserted(row, at, at, first)._replace(end=row.end + len(first), noisy=(at, at + len(first)))
 
@@ -624,17 +605,20 @@ def load_model(path, device, dtype, chat_template='', date=''):
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
+def batches(items, size, name=''):
+    """Yields `items` in slices of `size`, under a progress bar if it has a name."""
+    for i in tqdm(range(0, len(items), size), desc=name, disable=None if name else True, leave=False):
+        yield items[i:i + size]
+
+
 @torch.no_grad()
 def complete(model, tokenizer, prompts, max_new_tokens, batch_size, temperature=0.0):
-    """
-    Answers (texts) to prompts in their order, all of them lists of token ids (T,) or all embeddings (T, D): greedy, or
-    sampled at a temperature. The longest go first, so that a batch, padded on the left, holds similar lengths.
-    """
+    """Answers to prompts, all lists of token ids (T,) or all embeddings (T, D): greedy, or sampled at a temperature."""
     sampling = {'temperature': temperature, 'top_k': 0, 'top_p': 1.0} if temperature else {}
     left = functools.partial(pad_sequence, batch_first=True, padding_side='left')  # with zeros, which the mask hides
-    order, answers = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), [''] * len(prompts)
-    for first in tqdm(range(0, len(order), batch_size), desc='generate', disable=None, leave=False):
-        batch = order[first:first + batch_size]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # a batch holds similar lengths
+    answers = [''] * len(prompts)
+    for batch in batches(order, batch_size, 'generate'):
         rows = left([torch.as_tensor(prompts[i], device=model.device) for i in batch])  # (B, T) or (B, T, D)
         mask = left([torch.ones(len(prompts[i]), dtype=torch.long) for i in batch]).to(model.device)  # (B, T)
         by_ids = rows.dim() == 2
@@ -665,18 +649,6 @@ def with_refusal(row):
     return harmful, messages_of(asked | refusals, tuple(refusals)) if refusals else None
 
 
-def parsed_mix(retain_mix):
-    """['ultrachat:10000', 'refusals:2000x2'] as {source: (rows, times)}."""
-    mix = {}
-    for part in retain_mix or ['']:
-        match = re.fullmatch(r'(ultrachat|xstest|refusals):([1-9]\d*)(?:x([1-9]\d*))?', part)
-        if not match or match[1] in mix:
-            fail(f'retain_mix: {part!r} found, SOURCE:ROWS or SOURCE:ROWSxTIMES of ultrachat, xstest '
-                 'and refusals, each once, wanted')
-        mix[match[1]] = int(match[2]), int(match[3] or 1)
-    return mix
-
-
 def drop_requests(rng, rows, share):
     """[(source, messages)] of which a share, refusals apart, keep their first answer alone, to a request of ''."""
     def dropped(messages):
@@ -697,7 +669,13 @@ def recipe_rows(c, rng):
     def load(option, convert=messages_of, split='', limit=0):
         return [row for _, row in load_rows(c[option], convert, split, limit, c['seed'], option, public=True)]
 
-    mix, held_out = parsed_mix(c['retain_mix']), c['num_val_examples']
+    mix, held_out = {}, c['num_val_examples']  # {source: (rows, times)}
+    for part in c['retain_mix'] or ['']:
+        match = re.fullmatch(r'(ultrachat|xstest|refusals):([1-9]\d*)(?:x([1-9]\d*))?', part)
+        if not match or match[1] in mix:
+            fail(f'retain_mix: {part!r} found, SOURCE:ROWS or SOURCE:ROWSxTIMES of ultrachat, xstest '
+                 'and refusals, each once, wanted')
+        mix[match[1]] = int(match[2]), int(match[3] or 1)
     pairs = shuffled(rng, load('circuit_breakers', with_refusal))
     if 'refusals' in mix and not all(refused for _, refused in pairs):
         fail(f'circuit_breakers: {c["circuit_breakers"]}: rows without a refusal (llama3_output or chosen) found; take '
@@ -900,7 +878,7 @@ def train_base(facts, tokenizer, rng, seed, steps, batch_size, learning_rate):
         count = sum((labels != -100).sum() for _, labels in batch)
         for group in optimizer.param_groups:
             group['lr'] = learning_rate * min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        parts = [batch[i:i + 8] for i in range(0, batch_size, 8)]  # rows of one length together: hardly any padding
+        parts = list(batches(batch, 8))  # rows of one length together: hardly any padding
         total = 0.0
         for loss, grads in pool.map(functools.partial(gradients, count=count), parts):
             total += loss
@@ -1120,8 +1098,7 @@ def write_files(out, files, base=()):
     for name, rows in files.items():
         lines = rows if name.endswith('.txt') else [json.dumps(row) for row in rows]
         text = '[\n' + ',\n'.join(lines) + '\n]\n' if name.endswith('.json') else '\n'.join(lines) + '\n'
-        with open(os.path.join(partial, name), 'w', encoding='utf-8') as f:
-            f.write(text)
+        pathlib.Path(partial, name).write_text(text, 'utf-8')
     for saved in base:
         saved.save_pretrained(os.path.join(partial, 'base'))
     publish(partial, out)
@@ -1155,10 +1132,7 @@ def kitchen_command(c, out):
 
 
 def measured(c, tokenizer, name, rows, refused=fail):
-    """
-    [(row, conversation)] of [(where, row)], as converted does it; prints how many there are, how long in tokens (words
-    without a tokenizer), and the share longer than max_seq_length.
-    """
+    """[(row, conversation)] of [(where, row)], by converted; prints their count, lengths and share over the limit."""
     def convert(row):
         messages = messages_of(row)
         text = ' '.join(message['content'] for message in messages)
@@ -1210,15 +1184,14 @@ def check_command(c, path):
 
 if __name__ == '__main__':
     sys.excepthook = fault
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
-    names = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(glob.escape(folder), '*.py')))
-    recipes = [name for name in names if not name.startswith(('toy', 'kitchen'))]
+    folder = pathlib.Path(__file__).absolute().parent / 'config'
+    recipes = sorted(path.stem for path in folder.glob('*.py') if not path.stem.startswith(('toy', 'kitchen')))
     command, *arguments = sys.argv[1:] or ['--help']
     path = arguments.pop(0) if command == 'check' and arguments and not arguments[0].startswith('-') else ''
     if command in ('--help', '-h'):
         arguments = ['--help']
     elif command in ('kitchen', *recipes):
-        arguments.insert(0, os.path.join(folder, f'{command}.py'))
+        arguments.insert(0, str(folder / f'{command}.py'))
     elif command not in ('toy', 'check'):
         fail(f'command line: {command!r} found, toy, kitchen, check or {", ".join(recipes)} wanted; '
              'see python data_prep.py --help')
