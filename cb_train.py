@@ -685,7 +685,9 @@ def verdict(record, streams):
     found = f'cos {harmful:.2f} on {rows["harmful"]} held-out harmful rows, {benign:.2f} on {rows["retain"]} benign'
     if not all(cos < 0.7 for cos in layers.values()):  # NaN is not below, either
         each = ', '.join(f'{cos:.2f} at layer {layer}' for layer, cos in layers.items())
-        return f'warning: NOT rerouted: {found}; harmful states: {each}, below 0.7 wanted: {TRY}'
+        undone = record['cb_coeff'] < record['retain_coeff'] / 10  # by a schedule that ends on retain alone
+        half_way = f'schedule_steps={2 * (record["step"] + 1)} ends half way, as published; or ' if undone else ''
+        return f'warning: NOT rerouted: {found}; harmful states: {each}, below 0.7 wanted: {half_way}{TRY}'
     if not benign > 0.9:
         return f'warning: rerouted, but benign states moved too: {found}; lower learning_rate, or raise max_steps'
     return f'rerouted: {found}; whether its harmful answers are gone, python cb_eval.py measures'

@@ -665,7 +665,11 @@ def test_a_run_reads_every_row_once_an_epoch_in_an_order_of_the_seed_and_encodes
 def test_the_verdict_says_whether_the_states_of_held_out_rows_moved_at_each_layer(layers, benign, words):
     streams = [types.SimpleNamespace(name=name, held_out=[0] * n) for name, n in (('retain', 3), ('harmful', 2))]
     record = {'val_cb_cos': sum(layers) / 2, 'val_retain_cos': benign, 'val_cb_cos_1': layers[0], 'val_cb_cos_2': layers[1]}
+    record |= {'step': 149, 'retain_coeff': 5, 'cb_coeff': 5}
     assert cb_train.verdict(record, streams).startswith(words)
+    assert 'schedule_steps=300' not in cb_train.verdict(record, streams)
+    undone = cb_train.verdict({**record, 'retain_coeff': 9.9, 'cb_coeff': 0.1}, streams)  # the schedule took back what it had done
+    assert ('below 0.7 wanted: schedule_steps=300' in undone) == ('NOT' in words)
 
 
 def test_a_run_that_does_nothing_says_so_at_a_fifth_of_its_steps_and_everywhere_at_its_end(run, arguments, tmp_path):
