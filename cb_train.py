@@ -462,7 +462,7 @@ def merge(model_dir, output_dir, deltas):
     stored dtype. Files are copied, then adapted tensors overwritten in place, 128 rows in memory at a time.
     """
     shutil.copytree(model_dir, output_dir, dirs_exist_ok=True, copy_function=shutil.copyfile, ignore=LEFT_BEHIND)
-    os.chmod(output_dir, 0o755)  # copytree gave it the mode of model_dir, which may be read-only
+    os.chmod(output_dir, os.stat(output_dir).st_mode | 0o700)  # copytree gave it model_dir's, which may be read-only
     for name in weight_files(model_dir):
         shutil.copyfile(os.path.join(model_dir, name), os.path.join(output_dir, name))
     headers = tensor_headers(model_dir)
@@ -685,8 +685,8 @@ def verdict(record, streams):
     found = f'cos {harmful:.2f} on {rows["harmful"]} held-out harmful rows, {benign:.2f} on {rows["retain"]} benign'
     if not all(cos < 0.7 for cos in layers.values()):  # NaN is not below, either
         each = ', '.join(f'{cos:.2f} at layer {layer}' for layer, cos in layers.items())
-        undone = record['cb_coeff'] < record['retain_coeff'] / 10  # by a schedule that ends on retain alone
-        half_way = f'schedule_steps={2 * (record["step"] + 1)} ends half way, as published; or ' if undone else ''
+        on_retain = record['cb_coeff'] < record['retain_coeff'] / 10  # ended the schedule, and may have undone it all
+        half_way = f'schedule_steps={2 * (record["step"] + 1)} ends half way, as published; or ' if on_retain else ''
         return f'warning: NOT rerouted: {found}; harmful states: {each}, below 0.7 wanted: {half_way}{TRY}'
     if not benign > 0.9:
         return f'warning: rerouted, but benign states moved too: {found}; lower learning_rate, or raise max_steps'
@@ -1017,9 +1017,10 @@ if __name__ == '__main__':
     needs_tokens = c.chat_template or not c.merge_only
     tokenizer = load_tokenizer(model_dir, c.chat_template, c.date) if needs_tokens else None
     rows, held_out = ({}, {}) if c.merge_only else load_sets(c, tokenizer)
+    ids_and_masks = [[row[:2] for some in (*rows.values(), *held_out.values()) for row in some]]
     base = saved['state']['base'] if saved and rank else base_files(model_dir)  # another machine's copy: other times
     state = {'options': {**{name: value for name, value in config.items() if name not in MAY_DIFFER}, 'ranks': world},
-             'rows': hashlib.sha256(repr([rows, held_out]).encode()).hexdigest(), 'base': base,
+             'rows': hashlib.sha256(json.dumps(ids_and_masks).encode()).hexdigest(), 'base': base,
              'step': 0, 'tokens': 0, 'seconds': 0.0, 'log_bytes': 0, 'record': {}}
     if saved:
         check_same_run(checkpoint_path, saved['state'], state)

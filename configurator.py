@@ -234,7 +234,7 @@ def configure(script, argv):
     rows = options(script)
     defaults = {option.name: option.default for option in rows if option.name}
     known = set(defaults)
-    for path in pathlib.Path(script).absolute().parent.glob('*.py'):
+    for path in pathlib.Path(script).absolute().parent.glob('[!.]*.py'):
         with contextlib.suppress(ValueError, SyntaxError, OSError):  # somebody's own script
             known |= {option.name for option in options(path) if option.name}
 

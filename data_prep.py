@@ -186,9 +186,10 @@ def read_messages(row, key, role=''):
             content = ''.join(text_under(part, 'text') for part in parts)
         if not (isinstance(role, str) and role in ROLES and isinstance(content, str) and content.strip()):
             raise ValueError(f'message {number} wants a "role" of {", ".join(ROLES)} and a text as its "content"')
-        if SURROGATE.search(content):
-            raise ValueError(f'message {number} holds a lone surrogate, which is no character')
         messages.append({'role': ROLES[role], 'content': content})
+    for number, message in enumerate(messages, 1):
+        if SURROGATE.search(message['content']):
+            raise ValueError(f'message {number} holds a lone surrogate, which is no character')
     return messages
 
 
@@ -1185,7 +1186,7 @@ def check_command(c, path):
 if __name__ == '__main__':
     sys.excepthook = fault
     folder = pathlib.Path(__file__).absolute().parent / 'config'
-    recipes = sorted(path.stem for path in folder.glob('*.py') if not path.stem.startswith(('toy', 'kitchen')))
+    recipes = sorted(path.stem for path in folder.glob('[!.]*.py') if not path.stem.startswith(('toy', 'kitchen')))
     command, *arguments = sys.argv[1:] or ['--help']
     path = arguments.pop(0) if command == 'check' and arguments and not arguments[0].startswith('-') else ''
     if command in ('--help', '-h'):

@@ -1,5 +1,5 @@
-# Qwen3-8B, the specification's recipe scaled to its 36 blocks. No published figures: alpha and the layers are
-# Llama-3's, as deep.
+# Qwen3-8B, the specification's recipe scaled to its 36 blocks, with the published schedule. No published figures: alpha
+# and the layers are Llama-3's, as deep.
 # python data_prep.py qwen3 && python cb_train.py config/qwen3.py
 #
 # Its template opens every last answer with an empty <think> block, so training covers the model with thinking off.
@@ -13,6 +13,7 @@ val_data_path = 'data/qwen3/val.jsonl'
 output_dir = 'out/qwen3'
 
 target_layers = [11, 23]         # 10 / 32 and 20 / 32 of 36
+schedule_steps = 300
 
 retain_mix = ['ultrachat:10000', 'xstest:230x50']  # the set's refusals are Llama-3's words, not this model's
 response_only = 0.0
