@@ -4,8 +4,8 @@
 # SmolLM2-135M-Instruct answers all of it; the rows of both sets are its own answers. Measured: see the README.
 # Offline, with the model in a directory: add --model_name=DIR to all three.
 # Batch: 8 + 8 rows of up to 160 tokens, 150 steps. 30 blocks of width 576, 20 kept; states of a norm of 120 to 200.
-# Expect (three draws of rows, twice): retain cos falls to 0.6 to 0.75 at step 10 and ends at 1.00; cb, with an adversary in
-# half of the rows, ends at 0.2 to 0.4; held-out cos at the end at least 0.99 benign, -0.03 to -0.10 harmful.
+# Expect (three draws of rows, twice): retain cos falls to 0.6 to 0.75 at step 10, ends at 1.00; cb, with an adversary
+# in half of the rows, ends at 0.2 to 0.4; held-out cos at the end at least 0.99 benign, -0.03 to -0.10 harmful.
 # Plain rerouting is --contexts=own --retain_contexts=own --loss_on=all --opening=0 --soft_contexts=0 --scrambled=0
 # --retain_noise=0 --strange=0 --retain_smooth=0 --schedule_steps=300 --schedule_stop=1 --lora_r=16 --lora_alpha=16
 # --learning_rate=2e-4 --lora_dropout=0.05.
