@@ -627,8 +627,8 @@ def judge_by_base(model, tokenizer, rows, answers, starts, behaviors, batch_size
 def judge_harmbench(model, tokenizer, rows, answers, batch_size, max_tokens=512):
     """HarmBench's verdicts on harmful rows, from one greedy token; as published, max_tokens of an answer hold BOS."""
     def quoted(text):
-        return inert(text, longest_first({*TURN_MARKS.findall(text), *special_texts(tokenizer)}))
-    prompts = []
+        return inert(text, longest_first({*TURN_MARKS.findall(text), *special}))
+    prompts, special = [], special_texts(tokenizer)
     for row, answer in zip(rows, answers):
         behavior, context, generation = map(quoted, (row['behavior'], row['context'], answer))
         ids = tokenizer(generation)['input_ids']
@@ -907,7 +907,10 @@ if __name__ == '__main__':
     asked = [(row['where'], row['messages']) for row in rows]
     for option, side in (('cb_data_path', 'harmful'), ('retain_data_path', 'harmless'), ('val_data_path', 'val')):
         asked += [(f'{option}: a row', messages) for messages in data.get(side, [])]
-    as_tokens = functools.partial(template_ids, tokenizers[1])  # a ValueError if the template refuses a conversation
+
+    def as_tokens(messages):  # fails if the template refuses them, or an answered request without its answer
+        encoded = with_answer if messages[-1]['role'] == 'assistant' else template_ids
+        return encoded(tokenizers[1], messages)
     converted('', asked, as_tokens, refused=lambda line: fail(f'{line}; or give --chat_template=FILE'))
 
     # ---- every attack on both models; what is finished is written, so that a stopped run can go on

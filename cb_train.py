@@ -685,7 +685,7 @@ def verdict(record, streams):
     found = f'cos {harmful:.2f} on {rows["harmful"]} held-out harmful rows, {benign:.2f} on {rows["retain"]} benign'
     if not all(cos < 0.7 for cos in layers.values()):  # NaN is not below, either
         each = ', '.join(f'{cos:.2f} at layer {layer}' for layer, cos in layers.items())
-        on_retain = record['cb_coeff'] < record['retain_coeff'] / 10  # ended the schedule, and may have undone it all
+        on_retain = record['cb_coeff'] < record['retain_coeff'] / 10  # a schedule that may have undone it all
         half_way = f'schedule_steps={2 * (record["step"] + 1)} ends half way, as published; or ' if on_retain else ''
         return f'warning: NOT rerouted: {found}; harmful states: {each}, below 0.7 wanted: {half_way}{TRY}'
     if not benign > 0.9:

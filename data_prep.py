@@ -378,9 +378,10 @@ def control_texts(tokenizer, template):  # its own, which may be changed: a key 
     marks = [f'said{i}here' for i in range(4)]
     rendered = tokenizer.apply_chat_template(turns(marks[:2], marks[2:]), tokenize=False)
     between = re.split('|'.join(marks), rendered)[1:-1]
-    cut = '|'.join([r'\s', *map(re.escape, longest_first(special_texts(tokenizer)))])
+    special = special_texts(tokenizer)
+    cut = '|'.join([r'\s', *map(re.escape, longest_first(special))])
     found = {piece for text in between for piece in re.split(cut, text) if re.search(r'[^\w\s]', piece)}
-    return longest_first(found | special_texts(tokenizer))
+    return longest_first(found | special)
 
 
 def inert(text, marks):

@@ -920,7 +920,7 @@ def published_losses(model_dir, adapter, retain, harmful, divisor, relative, blo
 
 
 @pytest.mark.parametrize('divisor, accumulation, distance', [
-    ('real', 1, 'absolute'), ('real', 4, 'relative'), ('published', 4, 'absolute')])
+    ('real', 1, 'absolute'), ('real', 4, 'relative'), ('published', 1, 'absolute'), ('published', 4, 'absolute')])
 def test_the_first_steps_losses_are_those_of_peft_and_transformers(run, arguments, model_dir, rows, tmp_path, divisor, accumulation, distance):
     start = peft_adapter(tmp_path / 'start', model_dir, ATTENTION)
     retain, harmful = [json.loads(line) for line in open(rows['retain'])][:8], json.load(open(rows['cb']))[:8]
