@@ -60,7 +60,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
 
 from configurator import (catch_signals, check_output, configure, fail, fault, last_word, locked, publish,
@@ -370,7 +370,7 @@ def run_stream(model, loras, stream, batches, c, weight=None):
     for batch in batches:
         ids, mask = pad(batch, c.device)
         if training and stream.noise:
-            noise = request_noise(batch, ids.shape[1], model.config.hidden_size, stream.noise).to(c.device)
+            noise = request_noise(batch, ids.shape[1], model.config.hidden_size, stream.noise, c.device)
         if training and stream.soft is not None:
             soft = soft_context(stream.soft, batch, ids.shape[1])
         h, h_lora = reference_and_adapted(model, loras, ids, noise, soft)
@@ -492,7 +492,7 @@ CHECKPOINT = 'checkpoint.pt'
 MAY_DIFFER = ('resume', 'overwrite', 'output_dir', 'merge_adapter', 'log_interval', 'eval_interval', 'save_interval',
               'gradient_checkpointing', 'micro_batch_tokens', 'fsdp')  # between a run and its resume
 NOT_ON_THE_CARD = ('_path', '_dir', '_name', '_from', '_template', 'device', 'rank', 'world')  # endings of options
-PROBE = torch.arange(64).view(2, 32) % 16  # token ids that every vocabulary has
+PROBE = 'In the morning the boat left the harbour, and before noon the wind had turned and the sea was calm again.'
 SIGNALS = ('SIGINT', 'SIGTERM')
 TRY = 'raise learning_rate, max_steps or schedule_steps'
 
@@ -537,9 +537,10 @@ def draw_start(model, loras, batches, c):
     c.lora_start.
 
     Where h' = h the cosine has no gradient: from lora_B = 0 rounding alone decides when, and whether, a run starts. The
-    distance grows about linearly with lora_B, so a few corrections are enough. Returns the share that was reached.
+    distance grows about linearly with lora_B, so a few corrections are enough. In half precision, where rounding moves
+    states by 1 %, too, they are made for ten times the start. Returns the share that was reached, without rounding.
     """
-    draw, std = torch.Generator().manual_seed(c.seed), 1e-3
+    draw, std, times = torch.Generator().manual_seed(c.seed), 1e-3, 1 if model.dtype == torch.float32 else 10
     noise = {name: torch.randn(lora.lora_B.shape, generator=draw).to(c.device) for name, lora in loras.items()}
     for correction in range(4):
         for name, lora in loras.items():
@@ -550,8 +551,10 @@ def draw_start(model, loras, batches, c):
             h, h_lora = reference_and_adapted(model, loras, ids)
             distance += retain_loss(h, h_lora, mask, c.target_layers).item()
         reached = distance / LLAMA3_NORM / sum(map(count, batches))
-        std *= c.lora_start / max(reached, 1e-9)
-    return reached
+        std *= times * c.lora_start / max(reached, 1e-9)
+    for lora in loras.values():
+        lora.lora_B /= times
+    return reached / times
 
 
 def checkpoint_blocks(model):
@@ -608,13 +611,14 @@ def soft_context(soft, rows, length):
     return torch.stack([F.pad(soft[row.slot, :row.soft], (0, 0, row.end, length - row.end - row.soft)) for row in rows])
 
 
-def request_noise(rows, length, width, most):
+def request_noise(rows, length, width, most, device):
     """
     Returns what is added to the embeddings of Rows padded to a length, (B, T, D): in half of the rows normal noise at
     the noisy places, its size drawn from 0 to `most`. A word that no row has is much like a known one with noise.
     """
-    noisy = torch.tensor([[[row.noisy[0] <= i < row.noisy[1]] for i in range(length)] for row in rows])  # (B, T, 1)
-    return most * F.relu(2 * torch.rand(len(rows), 1, 1) - 1) * torch.randn(len(rows), length, width) * noisy
+    noisy = [[[row.noisy[0] <= i < row.noisy[1]] for i in range(length)] for row in rows]  # (B, T, 1)
+    sizes, noise = torch.rand(len(rows), 1, 1, device=device), torch.randn(len(rows), length, width, device=device)
+    return most * F.relu(2 * sizes - 1) * noise * torch.tensor(noisy, device=device)
 
 
 # ---- several ranks ---------------------------------------------------------------------------------------------------
@@ -725,7 +729,8 @@ def load_decoder(model_dir, blocks, dtype, device, mapped=False):
     if half and device == 'cpu':
         model.set_attn_implementation('eager')  # sdpa's backward pass is slow there
     elif half and device.startswith('cuda') and flash and is_flash_attn_2_available():
-        model.set_attn_implementation('flash_attention_2')
+        with or_fail('flash-attn is installed and cannot be used here: install it anew, or uninstall it'):
+            model.set_attn_implementation('flash_attention_2')
     dropped = re.compile(rf'(^|\.)(lm_head\.|embed_out\.|layers\.({"|".join(map(str, range(blocks, total)))})\.)')
     unexpected = [name for name in report['unexpected_keys'] if not dropped.search(name)]
     wrong = [*report['missing_keys'], *report['mismatched_keys'], *unexpected]
@@ -951,11 +956,12 @@ def model_card(c, rows, record):
         '## Evaluation', '', 'Not evaluated yet: run cb_eval.py.', ''])
 
 
-def save_merged(model_dir, partial, loras, frozen, adapted, blocks, base, c):
+def save_merged(model_dir, partial, loras, probe, frozen, adapted, blocks, base, c):
     """
-    Writes the merged model into `partial`, loads it again and compares its states on PROBE with those of the adapter
-    off and on. Returns how far it is from the adapted one: the largest, over layers, of the mean over tokens of
-    || a - b || / || a ||. base: base_files at the start. With fsdp it runs on the CPU, from its files: any size fits.
+    Writes the merged model into `partial`, loads it again and compares its states on probe, ids (1, T) of a real text
+    (on others a rounding may turn a sink on or off), with those of the adapter off and on. Returns how far it is from
+    the adapted one: the largest, over layers, of the mean over tokens of || a - b || / || a ||. base: base_files at the
+    start. With fsdp it runs on the CPU, from its files: any size fits.
     """
     def apart(states, others):
         a, b = (torch.stack(some[1:]).float().cpu() for some in (states, others))  # (L, B, T, D)
@@ -970,12 +976,14 @@ def save_merged(model_dir, partial, loras, frozen, adapted, blocks, base, c):
     if c.chat_template:
         template = pathlib.Path(c.chat_template).read_text('utf-8-sig')
         pathlib.Path(partial, 'chat_template.jinja').write_text(template, 'utf-8')
+    if c.fsdp:
+        torch.set_num_threads(os.cpu_count())  # the other ranks, for whose sake torchrun says one, have ended
     merged = load_decoder(partial, blocks, c.dtype, 'cpu' if c.fsdp else c.device)
     with torch.no_grad():
-        found = hidden_states(merged, PROBE.to(merged.device))
+        found = hidden_states(merged, probe.to(merged.device))
     off, moved = apart(adapted, found), apart(adapted, frozen)
     exact = c.dtype == 'auto' and merged.dtype == torch.float32
-    if not off <= (1e-3 if exact else max(0.1, moved / 2)):  # half precision rounds the sum of weight and delta once
+    if not off <= (5e-3 if exact else max(0.1, moved / 2)):  # half precision rounds the sum of weight and delta once
         sys.exit(f'fault: {partial}: the merged model, reloaded, is {off:.1e} away from the adapted one: not moved')
     return off
 
@@ -986,7 +994,7 @@ if __name__ == '__main__':
         sys.stdout = sys.stderr = open(os.devnull, 'w')  # rank 0 speaks and writes for all
     config = configure(__file__, sys.argv[1:])
     if 'RANK' in os.environ:
-        dist.init_process_group()  # gloo for tensors on the CPU, nccl for those on a GPU
+        dist.init_process_group('gloo' if config['device'] == 'cpu' else None)  # None: nccl where there are GPUs
     sys.excepthook = fault
     stop_at_signals()
 
@@ -1007,6 +1015,9 @@ if __name__ == '__main__':
     saved = read_checkpoint(checkpoint_path) if c.resume and os.path.exists(checkpoint_path) else None
     config['date'] = c.date = c.date or (saved['state']['options']['date'] if saved else time.strftime('%Y-%m-%d'))
     c.device = choose_device(c.device)
+    if c.device == 'mps' and c.gradient_checkpointing and c.lora_dropout:
+        fail('gradient_checkpointing and lora_dropout found, but on mps torch computes a block again with other dropout; '
+             '--lora_dropout=0 wanted')
     if world > 1 and c.device == 'cuda':
         c.device = f'cuda:{os.environ["LOCAL_RANK"]}'
     if c.device.startswith('cuda:'):
@@ -1017,6 +1028,8 @@ if __name__ == '__main__':
     needs_tokens = c.chat_template or not c.merge_only
     tokenizer = load_tokenizer(model_dir, c.chat_template, c.date) if needs_tokens else None
     rows, held_out = ({}, {}) if c.merge_only else load_sets(c, tokenizer)
+    with or_fail(f'model_name: {model_dir}: no tokenizer that transformers can load'):
+        text = AutoTokenizer.from_pretrained(model_dir)(PROBE).input_ids if c.merge_only else held_out['harmful'][0].ids
     ids_and_masks = [[row[:2] for some in (*rows.values(), *held_out.values()) for row in some]]
     base = saved['state']['base'] if saved and rank else base_files(model_dir)  # another machine's copy: other times
     state = {'options': {**{name: value for name, value in config.items() if name not in MAY_DIFFER}, 'ranks': world},
@@ -1089,7 +1102,8 @@ if __name__ == '__main__':
     stop_at_signals()
     with torch.no_grad():
         # sharded blocks need every rank: before they leave
-        frozen, adapted = reference_and_adapted(model.eval(), loras, PROBE.to(c.device))
+        probe = torch.tensor([text[:64]], device=c.device)
+        frozen, adapted = reference_and_adapted(model.eval(), loras, probe)
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank:
@@ -1107,7 +1121,7 @@ if __name__ == '__main__':
             lora.base = None  # of the model, only the deltas are needed
         del model
         gc.collect()
-        off = save_merged(model_dir, partial, loras, frozen, adapted, blocks, state['base'], c)
+        off = save_merged(model_dir, partial, loras, probe, frozen, adapted, blocks, state['base'], c)
         message = f'merged and reloaded; its states are {off:.1e} away from the adapted model\'s'
     log.close()
     lock.release()

@@ -61,7 +61,7 @@ def fail(message):
 def out_of_memory(error):
     """Whether an exception, torch's or Python's own, says that a device or the machine has no memory left."""
     named = isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError'
-    return named or re.search("can't allocate memory|out of memory", str(error)) is not None
+    return named or re.search("can't allocate memory|out of memory|ALLOC_FAILED", str(error)) is not None
 
 
 def fault(kind, error, trace):
@@ -78,7 +78,7 @@ def fault(kind, error, trace):
         line = 'interrupted: the output that was there before is whole'
     elif kind.__name__.startswith('Dist') or 'gloo' in text:  # torch's DistBackendError, ..., or a RuntimeError of gloo
         line = ('lost another rank, which died or was killed: torchrun says below which; '
-                'go on from the last checkpoint with --resume=True')
+                f'go on from the last checkpoint with --resume=True ({text[-300:]})')
     else:
         return last_word(''.join(traceback.format_exception(kind, error, trace)).rstrip())
     rank = f'rank {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''

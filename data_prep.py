@@ -59,6 +59,7 @@ from configurator import check_output, configure, fail, fault, out_of_memory, pu
 
 transformers.logging.set_verbosity_error()  # the scripts say what a user must know
 transformers.logging.disable_progress_bar()
+torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper torch's first choice: it plans anew for each length of a batch
 
 # ----------------------------------------------------------------------------------------------------------------------
 out = ''              # the folder to write ['' = data/toy, data/kitchen, data/NAME]

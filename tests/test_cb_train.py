@@ -189,6 +189,18 @@ def test_a_start_moves_the_states_by_one_percent_whatever_the_models_scale(tmp_p
         assert reached == pytest.approx(0.01, rel=0.02) and 0.004 < found < 0.02
 
 
+def test_a_start_in_half_precision_does_not_take_rounding_for_movement(tmp_path, adapted):
+    base, size = scaled_dir(tmp_path / 'base', 1), {}
+    for dtype in ('float32', 'bfloat16'):
+        model = cb_train.load_decoder(base, 3, dtype, 'cpu')
+        torch.manual_seed(0)
+        loras = cb_train.add_lora(model, ATTENTION, [0, 1, 2], 4, 8, 0.0, relative=True)
+        c, rows = options(target_layers=[1, 2]), counted(adapted[2])
+        cb_train.draw_start(model, loras, cb_train.my_batches(rows, c), c)
+        size[dtype] = cb_train.root_mean_square(loras['layers.0.self_attn.q_proj'].lora_B)
+    assert size['bfloat16'] == pytest.approx(size['float32'], rel=0.1)
+
+
 def test_the_other_cb_losses_are_what_a_hand_computes():
     u, mask = torch.tensor([0.6, 0.8]), torch.ones(1, 2)
     h_lora = [torch.tensor([[[6.0, 8.0], [-3.0, -4.0]]])]
@@ -570,7 +582,7 @@ def test_soft_tokens_of_a_new_row_start_at_noise_of_any_size_the_same_on_every_r
 def test_noise_stands_at_the_noisy_places_of_half_of_the_rows_and_nowhere_else():
     torch.manual_seed(0)
     rows = [Row([2, 4, 7, 8, 9, 3], [1] * 6, '', 4, noisy=places) for places in ((1, 4), (1, 3), (2, 2), (0, 0))] * 500
-    noise = cb_train.request_noise(rows, 7, 32, 0.5)
+    noise = cb_train.request_noise(rows, 7, 32, 0.5, 'cpu')
     assert noise.shape == (2000, 7, 32)
     long, short = noise[0::4], noise[1::4]
     assert not long[:, [0, 4, 5, 6]].any() and not short[:, [0, 3, 4, 5, 6]].any() and not noise[2::4].any() and not noise[3::4].any()
@@ -1012,10 +1024,11 @@ def test_a_merge_that_adds_nothing_is_a_fault_in_half_precision_too(tmp_path, mo
     torch.manual_seed(0)
     for lora in loras.values():
         torch.nn.init.normal_(lora.lora_B, std=1.0)
+    probe = torch.arange(32)[None] % 16
     with torch.no_grad():
-        frozen, adapted = cb_train.reference_and_adapted(model, loras, cb_train.PROBE)
+        frozen, adapted = cb_train.reference_and_adapted(model, loras, probe)
     c = types.SimpleNamespace(dtype='auto', device='cpu', fsdp=False, chat_template='')
-    arguments = source, str(tmp_path / 'merged'), loras, frozen, adapted, 3, cb_train.base_files(source), c
+    arguments = source, str(tmp_path / 'merged'), loras, probe, frozen, adapted, 3, cb_train.base_files(source), c
     assert cb_train.save_merged(*arguments) < 0.05
     monkeypatch.setattr(cb_train, 'merge', lambda model_dir, output_dir, deltas: merge(model_dir, output_dir, {}))
     with pytest.raises(SystemExit) as stop:
