@@ -1016,8 +1016,8 @@ if __name__ == '__main__':
     config['date'] = c.date = c.date or (saved['state']['options']['date'] if saved else time.strftime('%Y-%m-%d'))
     c.device = choose_device(c.device)
     if c.device == 'mps' and c.gradient_checkpointing and c.lora_dropout:
-        fail('gradient_checkpointing and lora_dropout found, but on mps torch computes a block again with other dropout; '
-             '--lora_dropout=0 wanted')
+        fail(f'lora_dropout={c.lora_dropout} found, 0 wanted with gradient_checkpointing on mps, where torch computes '
+             'a block again with other dropout')
     if world > 1 and c.device == 'cuda':
         c.device = f'cuda:{os.environ["LOCAL_RANK"]}'
     if c.device.startswith('cuda:'):

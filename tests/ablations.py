@@ -32,11 +32,11 @@ from configurator import configure
 
 HOME = os.path.join(ROOT, 'out', 'ablations')
 ASKED_OF_ALL = ('direct', 'wrapper', 'multi_turn')  # and not of harmful rows alone
-ASKED = ['direct', 'wrapper', 'prefill', 'multi_turn', 'ablation_own', 'ablation_base']
+ASKED = ['direct', 'wrapper', 'prefill', 'multi_turn', 'ablation_own', 'ablation_base', 'embedding_universal']
 SPLITS = ('seen', 'unseen')
 COLUMNS = [('wrapper', 'harmful', 'wrapper', 'complied'), ('prefill', 'harmful', 'prefill', 'complied'),
            ('multi-turn', 'harmful', 'multi_turn', 'complied'), ('embedding', 'harmful', 'embedding', 'complied'),
-           ('ablation own', 'harmful', 'ablation_own', 'complied'),
+           ('universal', 'harmful', 'embedding_universal', 'complied'), ('ablation own', 'harmful', 'ablation_own', 'complied'),
            ('ablation base', 'harmful', 'ablation_base', 'complied'),
            ('direct refused', 'harmful', 'direct', 'refused'), ('benign', 'benign', 'direct', 'complied'),
            ('lifting', 'borderline', 'direct', 'complied'),
