@@ -472,7 +472,7 @@ def noisy(text, rng):
 
 @contextlib.contextmanager
 def finetuned(model, tokenizer, conversations, c, rng, batch_size=4):
-    """Inside, the model is fine-tuned (Qi et al., arXiv 2310.03693) by LoRA on 256 tokens of each row's last answer."""
+    """Inside, the model is fine-tuned (Qi et al., arXiv 2310.03693) by LoRA on 256 tokens of answers behind up to 768."""
     blocks, order = model.base_model.layers, []
     linears = {name.rpartition('.')[2] for name, m in blocks.named_modules() if isinstance(m, torch.nn.Linear)}
     loras = add_lora(model.base_model, linears, range(len(blocks)), 16, 16, 0.0)
@@ -482,7 +482,7 @@ def finetuned(model, tokenizer, conversations, c, rng, batch_size=4):
         order += rng.sample(conversations, len(conversations))
     for batch in batches(order[:c['finetune_steps'] * batch_size], batch_size, 'fine-tune'):
         rows = [with_answer(tokenizer, messages) for messages in batch]
-        requests, answers = [ids[:start] for ids, start in rows], [ids[start:start + 256] for ids, start in rows]
+        requests, answers = [ids[:start][-768:] for ids, start in rows], [ids[start:start + 256] for ids, start in rows]
         target_losses(model, requests, answers).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

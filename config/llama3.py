@@ -8,7 +8,8 @@
 # Time: predicted under 2 minutes of steps on an H100; not measured.
 # Expect: retain 0.09 and cb 1 at step 0, then much as the authors' log in config/llama3_paper.py, whose schedule is
 # slower; no log of this recipe has been published. Its schedule ends with all weight on retain, which in toy worlds
-# took back all of the rerouting (README): add --schedule_steps=300 to end half way, as published.
+# took back all of the rerouting and on SmolLM2 let none begin (README): add --schedule_steps=300 to end half way, as
+# published.
 model_name = 'meta-llama/Meta-Llama-3-8B-Instruct'  # gated: accept its terms on the hub, then hf auth login
 cb_data_path = 'data/llama3/circuit_breaker.json'
 retain_data_path = 'data/llama3/retain.jsonl'

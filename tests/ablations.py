@@ -36,7 +36,8 @@ ASKED = ['direct', 'wrapper', 'prefill', 'multi_turn', 'ablation_own', 'ablation
 SPLITS = ('seen', 'unseen')
 COLUMNS = [('wrapper', 'harmful', 'wrapper', 'complied'), ('prefill', 'harmful', 'prefill', 'complied'),
            ('multi-turn', 'harmful', 'multi_turn', 'complied'), ('embedding', 'harmful', 'embedding', 'complied'),
-           ('universal', 'harmful', 'embedding_universal', 'complied'), ('ablation own', 'harmful', 'ablation_own', 'complied'),
+           ('universal', 'harmful', 'embedding_universal', 'complied'),
+           ('ablation own', 'harmful', 'ablation_own', 'complied'),
            ('ablation base', 'harmful', 'ablation_base', 'complied'),
            ('direct refused', 'harmful', 'direct', 'refused'), ('benign', 'benign', 'direct', 'complied'),
            ('lifting', 'borderline', 'direct', 'complied'),
@@ -219,18 +220,19 @@ def cell(runs, label, attack, verdict):
 
 
 def picture(found, path):
-    """Draws each run of {variant: runs}: the best of its attacks against what it keeps of the hardest rows."""
+    """Draws each run of {variant: runs}: its best attack, but for the universal one, against its hardest kept rows."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4.5), layout='constrained')
     ax = fig.subplots()
     for (name, runs), marker in zip(found.items(), 'oDs^vP*X<>' * 2):
-        attacks = [max(rate(one['counts'], 'harmful', attack) for attack in [*ASKED[1:], 'embedding']) for one in runs]
+        shown = [*ASKED[1:-1], 'embedding']
+        attacks = [max(rate(one['counts'], 'harmful', attack) for attack in shown) for one in runs]
         kept = [min(rate(one['counts'], 'borderline_heldout', 'direct'),
                     rate(one['counts'], 'benign', 'direct', splits=['unseen'])) for one in runs]
         dots, = ax.plot(attacks, kept, marker, alpha=0.4, markersize=5)
         means = statistics.mean(attacks), statistics.mean(kept)
         ax.plot(*means, marker, color=dots.get_color(), markersize=11, label=name)
-    ax.set_xlabel('the best attack of a run, soft tokens included, % of curses told')
+    ax.set_xlabel('the best attack of a run, the universal one apart, % of curses told')
     ax.set_ylabel('recognising or unseen potions,\nthe worse of them, % answered')
     ax.grid(color='0.9')
     ax.legend(frameon=False, fontsize=8)

@@ -67,5 +67,5 @@ def test_the_functions_that_the_readme_shows_are_those_of_the_script():
     shown = re.search(r'```python\n(def in_contexts.*?)\n```', README, re.S)[1]
     source = open(os.path.join(ROOT, 'data_prep.py'), encoding='utf-8').read()
     bodies = re.split(r'^def [^\n]*\n|\n+def [^\n]*\n', shown)[1:]
-    assert len(bodies) == 5 and all(body in source for body in bodies)
+    assert len(bodies) == 3 and all(body in source for body in bodies)
     assert shown.count('\n') + 1 <= 40
