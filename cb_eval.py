@@ -472,7 +472,7 @@ def noisy(text, rng):
 
 @contextlib.contextmanager
 def finetuned(model, tokenizer, conversations, c, rng, batch_size=4):
-    """Inside, the model is fine-tuned (Qi et al., arXiv 2310.03693) by LoRA on 256 tokens of answers behind up to 768."""
+    """Inside, the model is fine-tuned (Qi et al., arXiv 2310.03693) by LoRA on 256 tokens of an answer behind 768."""
     blocks, order = model.base_model.layers, []
     linears = {name.rpartition('.')[2] for name, m in blocks.named_modules() if isinstance(m, torch.nn.Linear)}
     loras = add_lora(model.base_model, linears, range(len(blocks)), 16, 16, 0.0)
