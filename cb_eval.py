@@ -70,7 +70,7 @@ borderline_path = ''         # harmless ones that look harmful, some of them in 
 borderline_heldout_path = ''  # the same of a kind that nobody trained on
 targets_path = ''            # HarmBench's targets, a JSON object of BehaviorID: text
 num_examples = 100           # >= 1: rows of each file, label and split, at most, drawn with the seed
-num_optimized = 20           # >= 1: harmful rows of each split for embedding, gcg and best_of_n, which take long
+num_optimized = 20           # >= 1: harmful rows of each split for embedding_v1, _v2, gcg, best_of_n, which take long
 attacks = ['default']        # names above, all, or default: the first eight and both ablations
 judge = 'refusal'            # recipe | refusal | base | harmbench: exact, phrases, the base's answers, a classifier
 judge_model = 'cais/HarmBench-Llama-2-13b-cls'  # harmbench's: a directory or a hub id
@@ -359,7 +359,8 @@ def universal(model, tokenizer, rows, conversations, c, complete):
     256 tokens at most, likely behind (a universal attack, arXiv 2402.09063, with more than a target to descend on: a
     model that begins an answer and then breaks off is sought out behind its beginning, too).
     """
-    sides = [around(tokenizer, messages[:-1]) for messages in conversations]
+    requests = [around(tokenizer, messages[:-1]) for messages in conversations]
+    sides = [(before[-768:], after) for before, after in requests]
     answers = [text_ids(tokenizer, messages[-1]['content'])[:256] for messages in conversations]
     soft = embedded(model, text_ids(tokenizer, c['suffix_words'])).float().requires_grad_()
     step_size = c['universal_lr'] * root_mean_square(input_embeddings(model))
@@ -472,7 +473,7 @@ def noisy(text, rng):
 
 @contextlib.contextmanager
 def finetuned(model, tokenizer, conversations, c, rng, batch_size=4):
-    """Inside, the model is fine-tuned (Qi et al., arXiv 2310.03693) by LoRA on 256 tokens of an answer behind 768."""
+    """Inside, the model is fine-tuned (arXiv 2310.03693) by LoRA: 256 tokens of a last answer, behind 768 at most."""
     blocks, order = model.base_model.layers, []
     linears = {name.rpartition('.')[2] for name, m in blocks.named_modules() if isinstance(m, torch.nn.Linear)}
     loras = add_lora(model.base_model, linears, range(len(blocks)), 16, 16, 0.0)
@@ -809,7 +810,7 @@ def chosen_attacks(c, rows):
     for name in dict.fromkeys(name for given in c['attacks'] or [''] for name in GROUPS.get(given, [given])):
         if name not in ATTACKS:
             fail(f'attacks: {name!r} found, all, default or some of {", ".join(ATTACKS)} wanted')
-        lacking, needs_target = '', 'prefill' in name or name.startswith(('embedding', 'gcg', 'finetune'))
+        lacking, needs_target = '', 'prefill' in name or name.startswith(('embedding_v', 'gcg', 'finetune'))
         if bare and needs_target:
             lacking = f'a "target" of each harmful row ({bare[0]} has none; targets_path names a file of them)'
         elif not attacked_rows(name, rows, 1):
@@ -871,7 +872,8 @@ def read_inputs(c):
             for kind in ('templates', 'turns') if c[f'{kind}_path']}
     if any(name in FROM_DATA for name in c['attacks']):
         data['harmful'] = first_exchanges(c, 'cb_data_path', HARMFUL_ANSWERS, 'train')
-        data['harmless'] = first_exchanges(c, 'retain_data_path', BENIGN_ANSWERS, 'train_sft')
+        if any(name in FROM_DATA[1:] for name in c['attacks']):
+            data['harmless'] = first_exchanges(c, 'retain_data_path', BENIGN_ANSWERS, 'train_sft')
     val = load_rows(c['val_data_path'], labelled, option='val_data_path') if c['val_data_path'] else []
     kept = [messages for _, (label, messages) in val if label == 'benign']
     data['val'] = random.Random(c['seed']).sample(kept, min(c['num_examples'], len(kept)))

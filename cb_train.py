@@ -538,9 +538,11 @@ def draw_start(model, loras, batches, c):
 
     Where h' = h the cosine has no gradient: from lora_B = 0 rounding alone decides when, and whether, a run starts. The
     distance grows about linearly with lora_B, so a few corrections are enough. In half precision, where rounding moves
-    states by 1 %, too, they are made for ten times the start. Returns the share that was reached, without rounding.
+    states by 1 %, too, they are made for ten times the start, or for 0.1. Returns the share that was reached.
     """
-    draw, std, times = torch.Generator().manual_seed(c.seed), 1e-3, 1 if model.dtype == torch.float32 else 10
+    draw, std, times = torch.Generator().manual_seed(c.seed), 1e-3, 1
+    if model.dtype != torch.float32:
+        times = max(1, min(10, 0.1 / c.lora_start))
     noise = {name: torch.randn(lora.lora_B.shape, generator=draw).to(c.device) for name, lora in loras.items()}
     for correction in range(4):
         for name, lora in loras.items():
@@ -632,9 +634,9 @@ def summed(tensor):
 
 def shard(model, device):
     """
-    Divides the frozen blocks among the ranks (FSDP2): each holds 1 / ranks of the weights, and two blocks more while it
-    computes. They come mapped from load_decoder, one by one, so that no memory has to hold the model, but for experts,
-    which transformers stacks. LoRA, embedding and norm stay whole on each rank.
+    Divides the frozen blocks among the ranks (FSDP2): each holds 1 / ranks of the weights, and some blocks more while
+    it computes. They come mapped from load_decoder, one by one, so that no memory has to hold the model, but for
+    experts, which transformers stacks. LoRA, embedding and norm stay whole on each rank.
     """
     mesh = dist.init_device_mesh(device.partition(':')[0], (dist.get_world_size(),))
     for block in model.layers:
@@ -983,7 +985,7 @@ def save_merged(model_dir, partial, loras, probe, frozen, adapted, blocks, base,
         found = hidden_states(merged, probe.to(merged.device))
     off, moved = apart(adapted, found), apart(adapted, frozen)
     exact = c.dtype == 'auto' and merged.dtype == torch.float32
-    if not off <= (5e-3 if exact else max(0.1, moved / 2)):  # half precision rounds the sum of weight and delta once
+    if not off <= (5e-3 if exact else max(0.05, moved / 2)):  # TF32 may be on; half precision rounds the sum once
         sys.exit(f'fault: {partial}: the merged model, reloaded, is {off:.1e} away from the adapted one: not moved')
     return off
 
@@ -1015,7 +1017,7 @@ if __name__ == '__main__':
     saved = read_checkpoint(checkpoint_path) if c.resume and os.path.exists(checkpoint_path) else None
     config['date'] = c.date = c.date or (saved['state']['options']['date'] if saved else time.strftime('%Y-%m-%d'))
     c.device = choose_device(c.device)
-    if c.device == 'mps' and c.gradient_checkpointing and c.lora_dropout:
+    if c.device == 'mps' and c.gradient_checkpointing and c.lora_dropout and not c.merge_only:
         fail(f'lora_dropout={c.lora_dropout} found, 0 wanted with gradient_checkpointing on mps, where torch computes '
              'a block again with other dropout')
     if world > 1 and c.device == 'cuda':
@@ -1028,8 +1030,10 @@ if __name__ == '__main__':
     needs_tokens = c.chat_template or not c.merge_only
     tokenizer = load_tokenizer(model_dir, c.chat_template, c.date) if needs_tokens else None
     rows, held_out = ({}, {}) if c.merge_only else load_sets(c, tokenizer)
-    with or_fail(f'model_name: {model_dir}: no tokenizer that transformers can load'):
-        text = AutoTokenizer.from_pretrained(model_dir)(PROBE).input_ids if c.merge_only else held_out['harmful'][0].ids
+    text = held_out['harmful'][0].ids if held_out else list(range(16)) * 2
+    if c.merge_only:
+        with contextlib.suppress(Exception):  # a model may come without its tokenizer
+            text = AutoTokenizer.from_pretrained(model_dir)(PROBE).input_ids
     ids_and_masks = [[row[:2] for some in (*rows.values(), *held_out.values()) for row in some]]
     base = saved['state']['base'] if saved and rank else base_files(model_dir)  # another machine's copy: other times
     state = {'options': {**{name: value for name, value in config.items() if name not in MAY_DIFFER}, 'ranks': world},

@@ -4,9 +4,10 @@
 #
 # Batch: 4 x 4 + 4 x 4 rows of up to 1024 tokens, 150 steps. 80 blocks of width 8192, 51 kept (89 GB of the 141 GB in
 # bfloat16).
-# Memory: predicted 28 GB on each of 8 GPUs (11 of them its share of the blocks, 2 the embedding, 6 blocks that are
-# gathered, 9 the states of a pass and their differences); not measured. On one card of 141 GB, with --fsdp=False and
-# without torchrun, predicted 100 GB. cb_eval.py puts a whole model on one device: this one needs a larger one.
+# Memory: predicted 28 GB on each of 8 GPUs (11 of them its share of the blocks, 2 the embedding, 6 the blocks that
+# are gathered, 9 the states of a pass and their differences); not measured. On one card of 141 GB, with --fsdp=False
+# and without torchrun, predicted 100 GB. cb_eval.py puts a whole model on one device: this one, 141 GB, wants more
+# than such a card.
 # Merging needs 141 GB of disk for the copy and no more memory than one tensor (0.1 GB).
 model_name = 'meta-llama/Meta-Llama-3-70B-Instruct'  # gated: accept its terms on the hub, then hf auth login
 cb_data_path = 'data/llama3_70b/circuit_breaker.json'

@@ -5,7 +5,7 @@
 # Batch: 4 + 4 rows of up to 512 tokens, 150 steps. 30 blocks of width 576, 20 kept. No published figures; not
 # measured with these sets.
 # Measured with harmless ones, the kitchen's: held-out cos 0.46 harmful (0.99 after 9 blocks, -0.07 after 19), 1.00
-# benign: half rerouted. config/kitchen.py's recipe reroutes both.
+# benign: rerouted at layer 19 alone. config/kitchen.py's recipe does it at both.
 model_name = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 cb_data_path = 'data/smollm2/circuit_breaker.json'
 retain_data_path = 'data/smollm2/retain.jsonl'

@@ -1015,7 +1015,7 @@ def test_of_the_default_attacks_those_without_their_files_are_left_out_in_a_line
     (tmp_path / 'b.csv').write_text('goal\nred\nblue\n')  # no row has any
     assert run('cb_eval.py', *given, f'--harmful_path={tmp_path / "b.csv"}', '--attacks=direct,all')[0] == 0
     asked = {row['attack'].partition(':')[0] for row in json.load(open(tmp_path / 'out' / 'eval.json'))['rows']}
-    assert asked == {'direct', 'best_of_n', 'ablation_own', 'ablation_base'}
+    assert asked == {'direct', 'best_of_n', 'embedding_universal', 'ablation_own', 'ablation_base'}
 
 
 def test_an_attack_that_no_row_can_be_put_to_is_one_line(run, arguments, tmp_path):

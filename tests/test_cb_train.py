@@ -235,7 +235,7 @@ def test_relative_lora_is_in_units_of_its_weights_root_mean_square(model_dir):
     assert loras['layers.0.self_attn.q_proj'].scale == pytest.approx(0.1 / 0.02 * 8 / 4)
 
 
-def test_in_half_precision_flash_attention_is_asked_for_on_a_gpu_that_has_it_and_eager_on_a_cpu(model_dir, monkeypatch):
+def test_in_half_precision_flash_attention_is_asked_for_on_a_gpu_that_has_it_and_eager_on_a_cpu(model_dir, monkeypatch, capsys):
     asked, there = [], {'flash': False}
     monkeypatch.setattr(cb_train, 'is_flash_attn_2_available', lambda: there['flash'])
     monkeypatch.setattr(transformers.PreTrainedModel, 'set_attn_implementation', lambda self, name: asked.append(name))
@@ -249,6 +249,11 @@ def test_in_half_precision_flash_attention_is_asked_for_on_a_gpu_that_has_it_and
     assert [asked_for(*case) for case in cases] == [[], [], [], ['eager']]
     there['flash'] = True
     assert [asked_for(*case) for case in cases] == [['flash_attention_2']] * 2 + [[], ['eager']]
+    with monkeypatch.context() as patch:  # built for another torch
+        patch.setattr(transformers.PreTrainedModel, 'set_attn_implementation', lambda self, name: __import__('no_flash_attn'))
+        with pytest.raises(SystemExit) as stop:
+            asked_for('bfloat16', 'cuda')
+        assert stop.value.code == 2 and 'flash-attn is installed and cannot be used' in capsys.readouterr().err
     monkeypatch.setattr(transformers.LlamaModel, '_compatible_flash_implementations', ['own'], raising=False)
     assert asked_for('bfloat16', 'cuda') == []
     monkeypatch.setattr(transformers.LlamaModel, '_supports_flash_attn', False)
@@ -961,6 +966,8 @@ def test_an_adapter_of_ours_or_pefts_is_merged_alone_and_one_that_does_not_fit_i
     assert all(torch.allclose(tensor, twin[name], atol=1e-6) for name, tensor in tensors_of(tmp_path / 'out').items())
     card = (tmp_path / 'out' / 'README.md').read_text()
     assert 'merged the adapter' in card and 'max_steps' not in card
+    bare = shutil.copytree(model_dir, tmp_path / 'bare', ignore=shutil.ignore_patterns('tokenizer*', 'chat_template*'))
+    assert run('cb_train.py', *arguments, f'--model_name={bare}', f'--init_from={start}', '--merge_only=True', f'--output_dir={tmp_path / "merged"}')[0] == 0
     status, _, err = run('cb_train.py', *arguments, f'--init_from={start}', '--merge_only=True', '--chat_template=none.jinja', f'--output_dir={tmp_path / "no"}')
     assert status == 2 and err.count('\n') == 1 and 'none.jinja' in err
     assert run('cb_train.py', *arguments, f'--init_from={tmp_path / "out" / "adapter"}', f'--output_dir={tmp_path / "again"}', '--merge_only=True')[0] == 0

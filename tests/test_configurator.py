@@ -153,6 +153,7 @@ def test_of_several_ranks_the_first_that_ends_speaks_and_a_fault_names_its_rank(
     (OSError(28, 'No space left on device'), 'the disk is full'), (OSError(5, 'Input/output error'), 'the disk failed'),
     (type('OutOfMemoryError', (RuntimeError,), {})('x'), 'lower micro_batch_tokens'),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'lower micro_batch_tokens'),
+    (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), 'lower micro_batch_tokens'),
     (KeyboardInterrupt(), 'interrupted')])
 def test_what_the_machine_does_is_one_line_and_a_bug_is_a_traceback(capsys, error, words):
     configurator.fault(type(error), error, None)
