@@ -77,8 +77,8 @@ judge_model = 'cais/HarmBench-Llama-2-13b-cls'  # harmbench's: a directory or a 
 # what the attacks stand on
 templates_path = ''          # jailbreak templates, one a line, {prompt} for the request
 turns_path = ''              # JSON lists of a user's turns, one a line, {prompt} for the request in the last
-cb_data_path = 'data/circuit_breakers_train.json'  # harmful rows: refusal direction, fine-tuning
-retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows for the same
+cb_data_path = 'data/circuit_breakers_train.json'  # harmful rows: universal, refusal direction, fine-tuning
+retain_data_path = 'HuggingFaceH4/ultrachat_200k'  # benign rows for the last two
 val_data_path = ''           # rows with a "label", the benign ones for what was kept ['' = not measured]
 embedding_norm = 0.66        # >= 0: the mean norm of embeddings that the steps below are for [0 = the model's own]
 embedding_v1_lr = 1e-3       # > 0: published: Llama-3 1e-3 and stop 0.01, Mistral 1e-4 and stop 0.05
@@ -110,12 +110,13 @@ resume = False               # keep the attacks that a stopped run has finished
 SETS, SPLITS = ('harmful', 'benign', 'borderline', 'borderline_heldout'), ('seen', 'unseen', 'all')
 ASKED = ('direct', 'wrapper', 'prefill', 'wrapper_prefill', 'multi_turn')  # need the prompt alone: put to every set
 FEW = ('embedding_v1', 'embedding_v2', 'gcg', 'best_of_n')  # put to num_optimized harmful rows
-FROM_DATA = ('embedding_universal', 'ablation_own', 'ablation_base', 'finetune_harmful', 'finetune_benign')  # need rows
-ATTACKS = ASKED + FEW + FROM_DATA
+FROM_DATA = ('ablation_own', 'ablation_base', 'finetune_harmful', 'finetune_benign')  # need rows of both sides
+ATTACKS = (*ASKED, *FEW, 'embedding_universal', *FROM_DATA)
 STANDS_ON = {  # the option that an attack cannot do without
     'wrapper': 'templates_path', 'wrapper_prefill': 'templates_path', 'embedding_v1': 'suffix_start',
     'embedding_v2': 'suffix_words', 'embedding_universal': 'suffix_words', 'gcg': 'suffix_start'}
-GROUPS = {'all': ATTACKS, 'default': (*ASKED, 'embedding_v1', 'embedding_v2', *FROM_DATA[:3])}
+GROUPS = {'all': ATTACKS, 'default': (*ASKED, 'embedding_v1', 'embedding_v2', 'embedding_universal', 'ablation_own',
+                                      'ablation_base')}
 VERDICTS = ('complied', 'refused', 'broken', 'unparsed')  # unparsed is counted, never averaged away
 
 # ---- what is asked: the user's own rows and public sets --------------------------------------------------------------
@@ -309,6 +310,17 @@ def around(tokenizer, messages):
     return one_bos(tokenizer, text_ids(tokenizer, before)), text_ids(tokenizer, after)
 
 
+def embedded_around(model, tokenizer, messages):
+    """The embeddings, (T, D) each, of what `around` gives."""
+    return [embedded(model, ids) for ids in around(tokenizer, messages)]
+
+
+def between(sides, soft):
+    """A prompt (T, D): soft tokens (S, D) between the embeddings of embedded_around."""
+    before, after = sides
+    return torch.cat([before, soft.to(before.dtype), after])
+
+
 def norm_ratio(model, norm):
     """The mean norm of a model's input embeddings, as its blocks get them (Gemma's are scaled), over norm [0: 1]."""
     parts = batches(range(model.get_input_embeddings().num_embeddings), 4096)
@@ -330,11 +342,8 @@ def embedding(name, model, tokenizer, rows, c, complete):
     wanted, ratio = c['embedding_answers'] if signed else 1, norm_ratio(model, c['embedding_norm'])
     step_size = c[f'{name}_lr'] * (ratio if signed else ratio ** 2)
     first, texts = embedded(model, text_ids(tokenizer, c[STANDS_ON[name]])).float(), []  # (S, D)
-
-    def between(side, soft):  # (T, D)
-        return torch.cat([side[0], soft.to(side[0].dtype), side[1]])
     for batch in batches(rows, c['eval_batch_size'], 'embedding'):
-        sides = [[embedded(model, ids) for ids in around(tokenizer, row['messages'])] for row in batch]
+        sides = [embedded_around(model, tokenizer, row['messages']) for row in batch]
         targets = [text_ids(tokenizer, row['target']) for row in batch]
         soft = first.expand(len(batch), -1, -1).clone()  # (B, S, D), float32: half precision may not resolve a step
         taken = [{} for _ in batch]  # of each row {step: soft tokens (S, D)} that are answered
@@ -359,23 +368,20 @@ def universal(model, tokenizer, rows, conversations, c, complete):
     256 tokens at most, likely behind (a universal attack, arXiv 2402.09063, with more than a target to descend on: a
     model that begins an answer and then breaks off is sought out behind its beginning, too).
     """
-    requests = [around(tokenizer, messages[:-1]) for messages in conversations]
+    requests = [embedded_around(model, tokenizer, messages[:-1]) for messages in conversations]
     sides = [(before[-768:], after) for before, after in requests]
     answers = [text_ids(tokenizer, messages[-1]['content'])[:256] for messages in conversations]
     soft = embedded(model, text_ids(tokenizer, c['suffix_words'])).float().requires_grad_()
     step_size = c['universal_lr'] * root_mean_square(input_embeddings(model))
     optimizer = torch.optim.Adam([soft], lr=step_size)
-
-    def behind(sides):  # [(T, D)]
-        return [torch.cat([embedded(model, side[0]), soft.to(model.dtype), embedded(model, side[1])]) for side in sides]
     by_turns = itertools.cycle(batches(list(zip(sides, answers)), 4))
     for batch in tqdm(itertools.islice(by_turns, c['universal_steps']), desc='universal', disable=None, leave=False):
         sides_of_batch, targets = zip(*batch)
-        target_losses(model, behind(sides_of_batch), targets).sum().backward()
+        target_losses(model, [between(some, soft) for some in sides_of_batch], targets).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        return [[text] for text in complete(behind([around(tokenizer, row['messages']) for row in rows]))]
+    asked = [embedded_around(model, tokenizer, row['messages']) for row in rows]
+    return [[text] for text in complete([between(some, soft.detach()) for some in asked])]
 
 
 def gcg(model, tokenizer, rows, c, complete, rng):
@@ -389,11 +395,11 @@ def gcg(model, tokenizer, rows, c, complete, rng):
     barred[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
     topk, prompts = min(c['gcg_topk'], int((~barred).sum())), []
     for row in tqdm(rows, desc='gcg', disable=None, leave=False):
-        before, after = (embedded(model, ids) for ids in around(tokenizer, row['messages']))
+        sides = embedded_around(model, tokenizer, row['messages'])
         target, suffix = text_ids(tokenizer, row['target']), text_ids(tokenizer, c['suffix_start'])
         for _ in range(c['gcg_steps']):
             soft = embedded(model, suffix).requires_grad_()  # (S, D)
-            loss = target_losses(model, [torch.cat([before, soft, after])], [target]).sum()
+            loss = target_losses(model, [between(sides, soft)], [target]).sum()
             gradient, = torch.autograd.grad(loss, soft)
             best = (-gradient @ table.T).masked_fill(barred, -math.inf).topk(topk, dim=-1).indices.tolist()  # (S, topk)
             candidates, losses = [suffix], []
@@ -403,10 +409,10 @@ def gcg(model, tokenizer, rows, c, complete, rng):
                 candidates += [ids] if text_ids(tokenizer, tokenizer.decode(ids)) == ids else []
             for batch in batches(candidates, c['eval_batch_size']):
                 with torch.no_grad():
-                    full = [torch.cat([before, middle, after]) for middle in embedded(model, batch)]  # (T, D) each
+                    full = [between(sides, middle) for middle in embedded(model, batch)]
                     losses += target_losses(model, full, [target] * len(full)).tolist()
             suffix = candidates[losses.index(min(losses))]
-        prompts.append(torch.cat([before, embedded(model, suffix), after]))
+        prompts.append(between(sides, embedded(model, suffix)))
     return [[text] for text in complete(prompts)]
 
 
@@ -870,10 +876,10 @@ def read_inputs(c):
     check_judge(c, rows)
     data = {kind: read_scripts(c[f'{kind}_path'], kind == 'templates')
             for kind in ('templates', 'turns') if c[f'{kind}_path']}
-    if any(name in FROM_DATA for name in c['attacks']):
+    if {'embedding_universal', *FROM_DATA} & set(c['attacks']):
         data['harmful'] = first_exchanges(c, 'cb_data_path', HARMFUL_ANSWERS, 'train')
-        if any(name in FROM_DATA[1:] for name in c['attacks']):
-            data['harmless'] = first_exchanges(c, 'retain_data_path', BENIGN_ANSWERS, 'train_sft')
+    if set(FROM_DATA) & set(c['attacks']):
+        data['harmless'] = first_exchanges(c, 'retain_data_path', BENIGN_ANSWERS, 'train_sft')
     val = load_rows(c['val_data_path'], labelled, option='val_data_path') if c['val_data_path'] else []
     kept = [messages for _, (label, messages) in val if label == 'benign']
     data['val'] = random.Random(c['seed']).sample(kept, min(c['num_examples'], len(kept)))

@@ -538,11 +538,11 @@ def draw_start(model, loras, batches, c):
 
     Where h' = h the cosine has no gradient: from lora_B = 0 rounding alone decides when, and whether, a run starts. The
     distance grows about linearly with lora_B, so a few corrections are enough. In half precision, where rounding moves
-    states by 1 %, too, they are made for ten times the start, or for 0.1. Returns the share that was reached.
+    states by 1 %, too, they are made for a start of 0.1. Returns the share that was reached.
     """
     draw, std, times = torch.Generator().manual_seed(c.seed), 1e-3, 1
     if model.dtype != torch.float32:
-        times = max(1, min(10, 0.1 / c.lora_start))
+        times = max(1, 0.1 / c.lora_start)
     noise = {name: torch.randn(lora.lora_B.shape, generator=draw).to(c.device) for name, lora in loras.items()}
     for correction in range(4):
         for name, lora in loras.items():
@@ -985,7 +985,7 @@ def save_merged(model_dir, partial, loras, probe, frozen, adapted, blocks, base,
         found = hidden_states(merged, probe.to(merged.device))
     off, moved = apart(adapted, found), apart(adapted, frozen)
     exact = c.dtype == 'auto' and merged.dtype == torch.float32
-    if not off <= (5e-3 if exact else max(0.05, moved / 2)):  # TF32 may be on; half precision rounds the sum once
+    if not off <= (1e-3 if exact else max(0.05, moved / 2)):  # half precision rounds the sum of weight and delta once
         sys.exit(f'fault: {partial}: the merged model, reloaded, is {off:.1e} away from the adapted one: not moved')
     return off
 
@@ -1032,7 +1032,7 @@ if __name__ == '__main__':
     rows, held_out = ({}, {}) if c.merge_only else load_sets(c, tokenizer)
     text = held_out['harmful'][0].ids if held_out else list(range(16)) * 2
     if c.merge_only:
-        with contextlib.suppress(Exception):  # a model may come without its tokenizer
+        with contextlib.suppress(OSError, ValueError):  # a model may come without its tokenizer
             text = AutoTokenizer.from_pretrained(model_dir)(PROBE).input_ids
     ids_and_masks = [[row[:2] for some in (*rows.values(), *held_out.values()) for row in some]]
     base = saved['state']['base'] if saved and rank else base_files(model_dir)  # another machine's copy: other times

@@ -40,8 +40,8 @@ lora_r = 64                      # with 16 more benign answers in conversations 
 lora_alpha = 64
 lora_dropout = 0.0               # a third of a step on a CPU was its random numbers and its copies
 
-# the evaluation; the model refuses nothing, so there is no refusal direction to ablate. embedding_universal takes as
-# long as all the rest: it opened 63 % of draw 0 (README)
+# the evaluation; the model refuses nothing, so there is no refusal direction to ablate. embedding_universal took
+# 9 minutes a model on a busy core: it opened 63 % of draw 0 (README)
 attacks = ['direct', 'prefill', 'wrapper', 'multi_turn', 'embedding_v1', 'embedding_v2']
 judge = 'base'
 num_examples = 30

@@ -113,13 +113,13 @@ def soft_tokens(model, tokenizer, rows, c, start, adam, scale, answer):
     target's cross-entropy, by Adam or by signed steps, `scale` times the usual; answers are taken half way and at the
     end.
     """
-    sides = [[cb_eval.embedded(model, ids) for ids in cb_eval.around(tokenizer, row['messages'])] for row in rows]
+    sides = [cb_eval.embedded_around(model, tokenizer, row['messages']) for row in rows]
     targets, answers = [cb_eval.text_ids(tokenizer, row['target']) for row in rows], []
     soft = cb_eval.embedded(model, start).float().expand(len(rows), -1, -1).clone().requires_grad_()  # (B, S, D)
     optimizer = torch.optim.Adam([soft], lr=1e-2 * scale)
 
     def joined():
-        return [torch.cat([before, s, after]) for (before, after), s in zip(sides, soft)]  # (T, D) each
+        return list(map(cb_eval.between, sides, soft))  # (T, D) each
     for step in range(1, c['embedding_steps'] + 1):
         optimizer.zero_grad()
         cb_eval.target_losses(model, joined(), targets).sum().backward()
@@ -225,7 +225,7 @@ def picture(found, path):
     fig = Figure(figsize=(7, 4.5), layout='constrained')
     ax = fig.subplots()
     for (name, runs), marker in zip(found.items(), 'oDs^vP*X<>' * 2):
-        shown = [*ASKED[1:-1], 'embedding']
+        shown = {*ASKED, 'embedding'} - {'direct', 'embedding_universal'}
         attacks = [max(rate(one['counts'], 'harmful', attack) for attack in shown) for one in runs]
         kept = [min(rate(one['counts'], 'borderline_heldout', 'direct'),
                     rate(one['counts'], 'benign', 'direct', splits=['unseen'])) for one in runs]
